@@ -1,0 +1,285 @@
+"""The config and the result of every job: the one door that the command line, the flows and Ray all use.
+
+Pydantic only: importing this loads neither torch nor Ray.
+"""
+
+import hashlib
+import json
+from enum import IntEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig
+
+
+class ExitCode(IntEnum):
+    """How a job ended, for shells and schedulers."""
+
+    DONE = 0
+    OTHER = 1
+    DONE_WITH_FAILED_IMAGES = 3
+    INTERRUPTED = 4
+    BREAKER = 5
+    CONFIG = 10
+    MODEL = 11
+    STORAGE = 20
+
+
+def fingerprint(content: BaseModel | dict[str, object]) -> str:
+    """SHA-256 (hex) of the canonical JSON: equal content gives an equal fingerprint, whatever the key order."""
+    plain = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+class TrainConfig(Frozen):
+    """Train a UNet++ with deep supervision on a labelled data set."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")] = Field(
+        "unetpp", description="the run's name; the config's fingerprint is added to it"
+    )
+    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    output: str = Field(description="folder or s3:// prefix for checkpoints and the trained model")
+    model: ModelConfig = ModelConfig()
+    train_split: str = "train"
+    val_split: str = "val"
+    crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers")
+    epochs: Annotated[int, Field(ge=1)] = 20
+    steps_per_epoch: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="optimiser steps between two validations; default: every training image once"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.998, description="moving average of the weights; 0: off")
+    head_weights: dict[Level, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="weight of each level's loss; default: equal"
+    )
+    balance_by: str | None = Field(None, description="column of splits.csv whose groups are sampled by group_weights")
+    group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="share of crops a group of balance_by; default: equal"
+    )
+    augment: AugmentConfig = AugmentConfig()
+    seed: int = 0
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads a worker; default: the machine's cores shared out"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.num_workers:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {self.num_workers}")
+        if self.group_weights is not None and self.balance_by is None:
+            raise ValueError("group_weights needs balance_by, the column that names the groups")
+        if self.head_weights is not None and set(self.head_weights) != set(self.model.head_levels):
+            raise ValueError(
+                f"head_weights names levels {sorted(self.head_weights)}, the model has heads {list(self.model.head_levels)}"
+            )
+        return self
+
+    def run_fingerprint(self) -> str:
+        """What must be equal for a run to be resumed: everything that changes the weights."""
+        changes_nothing = {"result", "output", "name", "threads_per_worker", "keep_checkpoints", "device"}
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
+
+
+class TrainResult(Frozen):
+    """A finished training run."""
+
+    run: str
+    model_uri: str
+    digest: str
+    epochs: int
+    steps: int
+    resumed_from_epoch: int | None
+    val_iou: dict[Level, float]
+    seconds: float
+
+
+# --------------------------------------------------------------------------------------------- evaluate
+
+
+class EvaluateConfig(Frozen):
+    """Measure quality and cost of every level of a model on a labelled data set."""
+
+    model: str = Field(description="model folder or URI")
+    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
+    output: str | None = Field(None, description="where the table, plot and metrics.json go; default: beside the model")
+    group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
+    seed: int = 0
+    tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = 512
+    threads: Annotated[int, Field(ge=1)] | None = None
+    result: str | None = None
+
+
+class Score(Frozen):
+    """Quality over a set of images; intervals are 95 % bootstrap intervals over images."""
+
+    num_images: int
+    mean_iou: float
+    mean_iou_interval: tuple[float, float]
+    mean_dice: float
+    mean_dice_interval: tuple[float, float]
+    pooled_iou: float
+
+
+class LevelReport(Frozen):
+    """One level (`L1`..`L4`) or `accurate`: quality, by group, and cost."""
+
+    name: str
+    score: Score
+    groups: dict[str, Score]
+    num_parameters: int
+    gmacs_per_megapixel: float
+    seconds_per_megapixel: float
+
+
+class EvaluateResult(Frozen):
+    """What `evaluate` writes to metrics.json."""
+
+    model_uri: str
+    digest: str
+    data: str
+    split: str | None
+    seed: int
+    tile_px: int
+    reports: tuple[LevelReport, ...]
+    image_ids: tuple[str, ...]
+    image_iou: dict[str, tuple[float, ...]] = Field(description="per-image IoU by report name, in the order of image_ids")
+
+
+# ------------------------------------------------------------------------------------------------ prune
+
+
+class PruneConfig(Frozen):
+    """Export the sub-network of one level, given or chosen on validation data."""
+
+    model: str = Field(description="model folder or URI")
+    out: str = Field(description="folder or URI for the pruned model")
+    level: Level | None = Field(None, description="the level to keep")
+    tolerance: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="keep the cheapest level that loses at most this much mean IoU against the best"
+    )
+    data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
+    split: str | None = Field("val", description="rows of splits.csv to choose on")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        0.95, description="one-sided confidence, over images, that the loss is within the tolerance"
+    )
+    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    result: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.level is None) == (self.tolerance is None):
+            raise ValueError("give either level, or tolerance with data")
+        if self.tolerance is not None and self.data is None:
+            raise ValueError("tolerance needs data, a labelled data set to choose the level on")
+        return self
+
+
+class LevelChoice(Frozen):
+    """How one level compares with the best in the paired bootstrap."""
+
+    level: Level
+    mean_iou: float
+    loss_to_best: float
+    loss_upper_bound: float
+    within_tolerance: bool
+
+
+class PruneResult(Frozen):
+    """The exported model and, when a tolerance decided, why."""
+
+    model_uri: str
+    digest: str
+    level: Level
+    choices: tuple[LevelChoice, ...]
+
+
+# ---------------------------------------------------------------------------------------------- predict
+
+WriteFormat = Literal["parquet", "png"]
+
+
+class PredictConfig(Frozen):
+    """Segment every image of an archive; run it again to do what is new."""
+
+    model: str = Field(description="model folder or URI")
+    input: str = Field(description="folder or s3:// prefix of images")
+    output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
+    level: Level | None = Field(None, description="use this level's head; default: the model's deepest")
+    mode: Literal["fast", "accurate"] = Field("fast", description="one head, or the mean probability of all heads")
+    write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
+    include: tuple[str, ...] = Field(
+        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
+    )
+    backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
+    num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: one a GPU, or one a core")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of an engine; default: 1 with Ray, all cores inline")
+    shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
+    tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
+    engine: Literal["auto", "torch"] = "auto"
+    partial_ok: bool = Field(False, description="exit 0 although some images failed")
+    result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
+
+    @model_validator(mode="after")
+    def _table_always(self) -> Self:
+        if "parquet" not in self.write:
+            raise ValueError("write must name parquet: the table is the record of what is done")
+        if not self.include:
+            raise ValueError("include must name at least one glob")
+        return self
+
+
+class PredictResult(Frozen):
+    """What a `predict` call did, all its runs together.
+
+    `num_listed == num_predicted + num_failed + num_unchanged` always holds.
+    """
+
+    status: Literal["complete", "partial", "unchanged", "interrupted", "failed"]
+    exit_code: int
+    runs: tuple[str, ...]
+    model_digest: str
+    table_uri: str
+    report_uri: str | None
+    num_listed: int
+    num_predicted: int
+    num_failed: int
+    num_unchanged: int
+    failures: dict[str, int]
+    megapixels: float
+    seconds: float
+    message: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ synth
+
+
+class SynthConfig(Frozen):
+    """Write a seeded set of synthetic microscopy images with exact masks."""
+
+    out: str = Field(description="folder for images/, masks/ and splits.csv")
+    num: Annotated[int, Field(ge=1, le=1_000_000)] = Field(64, description="number of images")
+    size: Annotated[int, Field(ge=16, le=8192)] = Field(192, description="side of an image, pixels")
+    seed: int = 0
+
+
+class SynthResult(Frozen):
+    """Where the synthetic set is."""
+
+    data_uri: str
+    num_images: int

@@ -1,0 +1,1 @@
+"""UNet++ as arrays and tensors: model, pruning, tiles, images. No network, no Ray, no Prefect."""

@@ -1,0 +1,99 @@
+"""What a model is, as data. Imports no torch, so that flows and the command line stay light."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Level = Annotated[int, Field(ge=1, le=4)]
+"""Pruning level L1..L4: the network that ends in node X^{0,L} (Zhou et al. 2018, figure 2)."""
+
+PixelType = Literal["uint8", "uint16", "float32"]
+
+
+class Frozen(BaseModel):
+    """A validated, immutable config: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ValueRange(Frozen):
+    """File values that become 0 and 1, by pixel type.
+
+    A camera with 12 bits in 16-bit files states `uint16: [0, 4095]`. Nothing is guessed per file.
+    """
+
+    uint8: tuple[float, float] = (0.0, 255.0)
+    uint16: tuple[float, float] = (0.0, 65535.0)
+    float32: tuple[float, float] = (0.0, 1.0)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        for pixel_type in ("uint8", "uint16", "float32"):
+            low, high = getattr(self, pixel_type)
+            if not low < high:
+                raise ValueError(f"{pixel_type}: [{low}, {high}] is empty; the first value must be below the second")
+        return self
+
+
+class ModelConfig(Frozen):
+    """Architecture, scaling and padding of one UNet++. `level` decides nodes, heads, stride, halo and cost."""
+
+    level: Level = Field(4, description="deepest level: nodes X^{i,j} with i + j <= level are built")
+    in_channels: Annotated[int, Field(ge=1, le=64)] = Field(3, description="channels of an input image")
+    num_classes: Annotated[int, Field(ge=1, le=255)] = Field(
+        1, description="1: one foreground probability (sigmoid); 2 or more: one class per pixel (softmax)"
+    )
+    filters: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (32, 64, 128, 256, 512), description="channels of the nodes by depth i; level + 1 of them are used"
+    )
+    norm: Literal["batch", "none"] = Field("batch", description="none is the paper's variant, with biased convolutions")
+    upsample: Literal["deconv", "nearest", "bilinear"] = Field("deconv", description="deconv is the paper's")
+    deep_supervision: bool = Field(True, description="a head at every level; without it only at the deepest")
+    pad_multiple: Literal[16, 32, 64] = Field(16, description="images are padded to this multiple at every level")
+    pad_mode: Literal["replicate"] = Field("replicate", description="reflect would fail on one-pixel images")
+    value_range: ValueRange = ValueRange()
+    mean: tuple[float, ...] = Field((0.5,), description="subtracted from values in 0..1; one, or one a channel")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.25,), description="divides after that")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.filters) < self.level + 1:
+            raise ValueError(f"level {self.level} needs {self.level + 1} filters, got {len(self.filters)}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.in_channels):
+                raise ValueError(f"{name} must have 1 or {self.in_channels} values, got {len(getattr(self, name))}")
+        return self
+
+    @property
+    def head_levels(self) -> tuple[int, ...]:
+        """Levels that have a head: 1..level with deep supervision, else the deepest alone."""
+        return tuple(range(1, self.level + 1)) if self.deep_supervision else (self.level,)
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one pixel of the deepest node stands for: 2**level."""
+        return 2**self.level
+
+    @property
+    def reach_px(self) -> int:
+        """Largest distance, in pixels, over which an input pixel can change an output pixel."""
+        return 8 * self.stride - 6 if self.upsample == "bilinear" else 7 * self.stride - 5
+
+    @property
+    def halo_px(self) -> int:
+        """`reach_px` rounded up to the stride: the margin that makes a tile's core exact."""
+        return -(-self.reach_px // self.stride) * self.stride
+
+
+class AugmentConfig(Frozen):
+    """Random changes of a training crop; each probability is per crop."""
+
+    flip: bool = Field(True, description="mirror left-right and up-down, each with probability 1/2")
+    rotate90: bool = Field(True, description="turn by a multiple of 90 degrees")
+    scale: tuple[float, float] = Field((0.8, 1.25), description="zoom factor, drawn log-uniformly")
+    gamma: tuple[float, float] = Field((0.7, 1.4), description="exponent on values in 0..1, drawn log-uniformly")
+    brightness: tuple[float, float] = Field((0.7, 1.3), description="factor on the values, drawn log-uniformly")
+    noise_std: Annotated[float, Field(ge=0)] = Field(0.02, description="largest standard deviation of added noise")
+    blur_sigma: Annotated[float, Field(ge=0)] = Field(0.8, description="largest Gaussian blur, pixels")
+    invert: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of exchanging dark and light")
+    channel_jitter: Annotated[float, Field(ge=0)] = Field(0.05, description="largest change of a channel's gain")

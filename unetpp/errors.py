@@ -1,0 +1,69 @@
+"""The exception tree.
+
+```
+UnetppError                  arguments are data, the text is made in __str__: survives pickling between processes
+|- ConfigError(ValueError)   the caller can fix it       -> stop now, never retried           exit 10
+|- ModelError                weights and config disagree -> stop now, never retried           exit 11
+|- ImageError                this one object is bad      -> a row with error_code; the run goes on
+|- TransientError            the same call may succeed   -> retried by one owner only         exit 20 once given up
+`- JobError                  a job ended badly           -> the flow fails, with job id and log tail
+```
+
+Every message says what was seen, what was wanted and what to do.
+"""
+
+from typing import Literal
+
+ImageErrorCode = Literal[
+    "decode", "too_large", "archive", "numeric", "gone", "changed", "integrity", "crash", "timeout"
+]
+
+PERMANENT_IMAGE_ERRORS: frozenset[ImageErrorCode] = frozenset({"decode", "too_large", "archive", "numeric"})
+"""Codes that a second try on the same bytes cannot change."""
+
+
+class UnetppError(Exception):
+    """Anything this project raises on purpose."""
+
+
+class ConfigError(UnetppError, ValueError):
+    """The caller asked for something that cannot be done, and can fix it."""
+
+
+class ModelError(UnetppError):
+    """A model folder is absent, damaged, or its weights and config disagree."""
+
+
+class ImageError(UnetppError):
+    """One image is bad.
+
+    `code` is one of `ImageErrorCode`, `detail` a sentence; both end in the image's row.
+    """
+
+    def __init__(self, code: ImageErrorCode, detail: str) -> None:
+        super().__init__(code, detail)
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
+
+
+class TransientError(UnetppError):
+    """A store or a network failed in a way that the same call may survive later."""
+
+
+class JobError(UnetppError):
+    """A submitted job ended badly.
+
+    `job` names it, `exit_code` is its own (None when unknown), `log_tail` its last lines.
+    """
+
+    def __init__(self, job: str, exit_code: int | None, log_tail: str) -> None:
+        super().__init__(job, exit_code, log_tail)
+        self.job = job
+        self.exit_code = exit_code
+        self.log_tail = log_tail
+
+    def __str__(self) -> str:
+        return f"job {self.job} ended with exit code {self.exit_code}; its last lines:\n{self.log_tail}"

@@ -1,0 +1,147 @@
+"""UNet++: nested U-Nets joined by dense skip pathways (Zhou et al., DLMIA 2018, arXiv 1807.10165, section 3).
+
+Node X^{i,j} lies at depth i (stride 2**i) and position j of its dense skip pathway:
+
+    X^{i,0} = H(pool(X^{i-1,0}))                            X^{0,0} = H(x)
+    X^{i,j} = H([X^{i,0}, ..., X^{i,j-1}, U(X^{i+1,j-1})])   j >= 1      (equation 1; skips first, upsampled last)
+
+H is twice (3x3 convolution, norm, ReLU), U an upsampling by 2. A head is a 1x1 convolution on X^{0,L}: pruning level L.
+Written from the equations alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError
+
+Grid = dict[tuple[int, int], Tensor]
+"""Computed nodes: (i, j) -> X^{i,j} of shape B, filters[i], H / 2**i, W / 2**i."""
+
+
+def node_name(i: int, j: int) -> str:
+    """The name under which X^{i,j} and its upsampler are stored in a state dict."""
+    return f"x{i}{j}"
+
+
+class Node(nn.Sequential):
+    """H(.): twice 3x3 convolution, norm, ReLU; B, in_channels, H, W -> B, out_channels, H, W."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        layers: list[nn.Module] = []
+        for channels in (in_channels, out_channels):
+            layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm == "none"))
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(out_channels))
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+
+def _upsampler(in_channels: int, out_channels: int, upsample: str) -> nn.Module:
+    if upsample == "deconv":
+        return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+    # align_corners=True would tie the sampling grid to the tile's size: tiles could never equal the whole image.
+    return nn.Upsample(scale_factor=2, mode=upsample, align_corners=False if upsample == "bilinear" else None)
+
+
+class UNetPlusPlus(nn.Module):
+    """UNet++ of `config.level` with its heads keyed by level.
+
+    Only what the heads need is built, so every parameter gets a gradient when every head has a loss.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        filters = config.filters
+        self.nodes = nn.ModuleDict()
+        self.ups = nn.ModuleDict()
+        for depth in range(config.level + 1):
+            for j in range(depth + 1):
+                i = depth - j
+                if j == 0:
+                    in_channels = config.in_channels if i == 0 else filters[i - 1]
+                else:
+                    lifted = filters[i] if config.upsample == "deconv" else filters[i + 1]
+                    in_channels = j * filters[i] + lifted
+                    self.ups[node_name(i, j)] = _upsampler(filters[i + 1], filters[i], config.upsample)
+                self.nodes[node_name(i, j)] = Node(in_channels, filters[i], config.norm)
+        self.heads = nn.ModuleDict({str(level): nn.Conv2d(filters[0], config.num_classes, 1) for level in config.head_levels})
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        self.apply(_init_weights)
+
+    def step(self, depth: int, grid: Grid, x_BCHW: Tensor | None = None) -> None:
+        """Add the anti-diagonal i + j = depth to `grid`, which holds all nodes before it.
+
+        Step 0 reads `x_BCHW`, normalised and padded to a multiple of the stride. Steps 0..level in turn are `forward`;
+        stopping early at step L leaves the sub-network of level L.
+        """
+        for j in range(depth + 1):
+            i = depth - j
+            if j > 0:
+                skips = [grid[i, k] for k in range(j)]
+                inputs = torch.cat([*skips, self.ups[node_name(i, j)](grid[i + 1, j - 1])], dim=1)
+            elif i > 0:
+                inputs = F.max_pool2d(grid[i - 1, 0], 2)
+            else:
+                assert x_BCHW is not None
+                inputs = x_BCHW
+            grid[i, j] = self.nodes[node_name(i, j)](inputs)
+
+    def forward(self, x_BCHW: Tensor) -> dict[int, Tensor]:
+        """Logits of every head.
+
+        `x_BCHW`: values in 0..1 (see `ModelConfig.value_range`), any H, W >= 1; padded and cropped here.
+        Returns level -> logits_BKHW, K = num_classes (one logit for a binary mask). ConfigError on another shape.
+        """
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.config.in_channels:
+            raise ConfigError(
+                f"the input has shape {tuple(x_BCHW.shape)}; wanted B, {self.config.in_channels}, H, W "
+                f"(in_channels={self.config.in_channels})"
+            )
+        height, width = x_BCHW.shape[-2:]
+        x_BCHW = self._pad((x_BCHW - self.mean) / self.std)
+        grid: Grid = {}
+        logits: dict[int, Tensor] = {}
+        for depth in range(self.config.level + 1):
+            self.step(depth, grid, x_BCHW)
+            if depth in self.config.head_levels:
+                logits[depth] = self.heads[str(depth)](grid[0, depth])[..., :height, :width]
+        return logits
+
+    def _pad(self, x_BCHW: Tensor) -> Tensor:
+        """Bottom and right, to a multiple that is the same at every level: pruning must not change the border."""
+        height, width = x_BCHW.shape[-2:]
+        multiple = self.config.pad_multiple
+        bottom, right = -height % multiple, -width % multiple
+        return F.pad(x_BCHW, (0, right, 0, bottom), mode=self.config.pad_mode) if bottom or right else x_BCHW
+
+
+def _init_weights(module: nn.Module) -> None:
+    """He et al. 2015 for convolutions before a ReLU; unit gain for the others, whose outputs are not rectified."""
+    if isinstance(module, nn.ConvTranspose2d):  # stride = kernel: an output pixel sees each input channel once
+        nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+    elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+        nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of weights; buffers such as BatchNorm statistics do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gmacs(config: ModelConfig, height: int, width: int) -> float:
+    """Billions of multiply-adds of one forward of one image; convolutions and transposed convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        UNetPlusPlus(config).eval()(torch.empty(1, config.in_channels, height, width))
+    return counter.get_total_flops() / 2e9
