@@ -35,26 +35,24 @@ def fingerprint(content: BaseModel | dict[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------ train
 
 
-class TrainConfig(Frozen):
-    """Train a UNet++ with deep supervision on a labelled data set."""
+class TrainOptions(Frozen):
+    """How to train, wherever the data is: the part of `TrainConfig` that a flow's config holds."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")] = Field(
         "unetpp", description="the run's name; the config's fingerprint is added to it"
     )
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
-    output: str = Field(description="folder or s3:// prefix for checkpoints and the trained model")
     model: ModelConfig = ModelConfig()
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = Field("train", description="rows of splits.csv to train on")
+    val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
     batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers")
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Annotated[int, Field(ge=1)] = Field(20, description="validations, and checkpoints, of the whole run")
     steps_per_epoch: Annotated[int, Field(ge=1)] | None = Field(
         None, description="optimiser steps between two validations; default: every training image once"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="largest step size of the optimiser")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="steps over which the learning rate rises")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="pull of the weights towards zero")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.998, description="moving average of the weights; 0: off")
     head_weights: dict[Level, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="weight of each level's loss; default: equal"
@@ -64,14 +62,13 @@ class TrainConfig(Frozen):
         None, description="share of crops a group of balance_by; default: equal"
     )
     augment: AugmentConfig = AugmentConfig()
-    seed: int = 0
-    num_workers: Annotated[int, Field(ge=1)] = 1
+    seed: int = Field(0, description="of the first weights, the crops and their augmentation")
+    num_workers: Annotated[int, Field(ge=1)] = Field(1, description="processes that share every batch")
     threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads a worker; default: the machine's cores shared out"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    result: str | None = Field(None, description="also write the result as JSON to this URI")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -84,6 +81,14 @@ class TrainConfig(Frozen):
                 f"head_weights names levels {sorted(self.head_weights)}, the model has heads {list(self.model.head_levels)}"
             )
         return self
+
+
+class TrainConfig(TrainOptions):
+    """Train a UNet++ with deep supervision on a labelled data set."""
+
+    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    output: str = Field(description="folder or s3:// prefix for checkpoints and the trained model")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
 
     def run_fingerprint(self) -> str:
         """What must be equal for a run to be resumed: everything that changes the weights."""
@@ -99,7 +104,7 @@ class TrainResult(Frozen):
     digest: str
     epochs: int
     steps: int
-    resumed_from_epoch: int | None
+    best_epoch: int
     val_iou: dict[Level, float]
     seconds: float
 
@@ -113,13 +118,14 @@ class EvaluateConfig(Frozen):
     model: str = Field(description="model folder or URI")
     data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
     split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
-    output: str | None = Field(None, description="where the table, plot and metrics.json go; default: beside the model")
+    output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
+    update_card: bool = Field(False, description="write the scores into the model's config.json and card")
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
-    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
-    seed: int = 0
-    tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = 512
-    threads: Annotated[int, Field(ge=1)] | None = None
-    result: str | None = None
+    num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
+    seed: int = Field(0, description="of the bootstrap")
+    tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 
 class Score(Frozen):
@@ -175,10 +181,10 @@ class PruneConfig(Frozen):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="one-sided confidence, over images, that the loss is within the tolerance"
     )
-    num_bootstrap: Annotated[int, Field(ge=100)] = 2000
-    seed: int = 0
-    threads: Annotated[int, Field(ge=1)] | None = None
-    result: str | None = None
+    num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
+    seed: int = Field(0, description="of the bootstrap")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -213,12 +219,9 @@ class PruneResult(Frozen):
 WriteFormat = Literal["parquet", "png"]
 
 
-class PredictConfig(Frozen):
-    """Segment every image of an archive; run it again to do what is new."""
+class PredictOptions(Frozen):
+    """How to predict, whatever the archive: the part of `PredictConfig` that a flow's config holds."""
 
-    model: str = Field(description="model folder or URI")
-    input: str = Field(description="folder or s3:// prefix of images")
-    output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     level: Level | None = Field(None, description="use this level's head; default: the model's deepest")
     mode: Literal["fast", "accurate"] = Field("fast", description="one head, or the mean probability of all heads")
     write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
@@ -231,9 +234,7 @@ class PredictConfig(Frozen):
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
-    engine: Literal["auto", "torch"] = "auto"
-    partial_ok: bool = Field(False, description="exit 0 although some images failed")
-    result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
+    engine: Literal["auto", "torch"] = Field("auto", description="what computes the masks; auto: the fastest here")
 
     @model_validator(mode="after")
     def _table_always(self) -> Self:
@@ -242,6 +243,16 @@ class PredictConfig(Frozen):
         if not self.include:
             raise ValueError("include must name at least one glob")
         return self
+
+
+class PredictConfig(PredictOptions):
+    """Segment every image of an archive; run it again to do what is new."""
+
+    model: str = Field(description="model folder or URI")
+    input: str = Field(description="folder or s3:// prefix of images")
+    output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
+    partial_ok: bool = Field(False, description="exit 0 although some images failed")
+    result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
 
 
 class PredictResult(Frozen):
@@ -275,7 +286,8 @@ class SynthConfig(Frozen):
     out: str = Field(description="folder for images/, masks/ and splits.csv")
     num: Annotated[int, Field(ge=1, le=1_000_000)] = Field(64, description="number of images")
     size: Annotated[int, Field(ge=16, le=8192)] = Field(192, description="side of an image, pixels")
-    seed: int = 0
+    seed: int = Field(0, description="of the whole set: equal seeds give equal bytes")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 
 class SynthResult(Frozen):

@@ -52,6 +52,9 @@ class ModelConfig(Frozen):
     pad_multiple: Literal[16, 32, 64] = Field(16, description="images are padded to this multiple at every level")
     pad_mode: Literal["replicate"] = Field("replicate", description="reflect would fail on one-pixel images")
     value_range: ValueRange = ValueRange()
+    gamma: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="exponent on values in 0..1; below 1 it lifts dim structures out of a dark ground"
+    )
     mean: tuple[float, ...] = Field((0.5,), description="subtracted from values in 0..1; one, or one a channel")
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.25,), description="divides after that")
 
@@ -96,4 +99,5 @@ class AugmentConfig(Frozen):
     noise_std: Annotated[float, Field(ge=0)] = Field(0.02, description="largest standard deviation of added noise")
     blur_sigma: Annotated[float, Field(ge=0)] = Field(0.8, description="largest Gaussian blur, pixels")
     invert: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of exchanging dark and light")
+    drop_colour: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of a grey crop")
     channel_jitter: Annotated[float, Field(ge=0)] = Field(0.05, description="largest change of a channel's gain")

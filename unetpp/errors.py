@@ -6,6 +6,7 @@ UnetppError                  arguments are data, the text is made in __str__: su
 |- ModelError                weights and config disagree -> stop now, never retried           exit 11
 |- ImageError                this one object is bad      -> a row with error_code; the run goes on
 |- TransientError            the same call may succeed   -> retried by one owner only         exit 20 once given up
+|- StorageError              the store is out of order   -> the run stops, resumable           exit 20
 `- JobError                  a job ended badly           -> the flow fails, with job id and log tail
 ```
 
@@ -51,6 +52,13 @@ class ImageError(UnetppError):
 
 class TransientError(UnetppError):
     """A store or a network failed in a way that the same call may survive later."""
+
+
+class StorageError(UnetppError):
+    """The store refuses or cannot: no such bucket, wrong credentials, forbidden, no answer, no space.
+
+    No image is to blame, so none becomes a failed row: the run stops with nothing half done, and a rerun resumes it.
+    """
 
 
 class JobError(UnetppError):

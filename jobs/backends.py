@@ -1,0 +1,90 @@
+"""Two ways to take a run's shards through `jobs.shard.Worker`: in this process, or on Ray."""
+
+import warnings
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from jobs.cluster import local_ray
+from jobs.manifest import Shard
+from jobs.progress import interruptible
+from jobs.shard import Task, Worker
+from jobs.sink import Footer
+from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
+from unetpp.predictor import Predictor
+
+MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
+
+_STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in (ConfigError, ModelError, StorageError)}
+
+
+def inline(task: Task, shards: Sequence[Shard], predictor: Predictor) -> Generator[Footer]:
+    """One shard after the other in this process, with the model that is loaded already."""
+    with Worker(task, predictor) as worker:
+        for shard in shards:
+            yield worker(shard)
+
+
+def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Generator[Footer]:
+    """Shards on a pool of actors, footers as they come. One block a shard: Ray's task, retry and commit are one thing.
+
+    What a worker refuses to go on with (StorageError, ...) comes back as data and is raised here. A worker that dies is
+    restarted, a few times; then UnetppError.
+    """
+    num_cpus = task.threads or 1
+    with local_ray(num_cpus * (num_workers or 1)), interruptible():
+        import ray.data
+        import ray.exceptions
+
+        compute, per_actor = _pool(ray, len(shards), num_workers, num_cpus)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        rows = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
+        with warnings.catch_warnings():
+            # Restarts can only be bounded through the keywords that Ray deprecates; its default is for ever.
+            warnings.simplefilter("ignore")
+            footers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                ShardActor,
+                fn_constructor_args=(task,),
+                compute=compute,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_TASK_RETRIES,
+                **per_actor,
+            )
+        try:
+            for answer in footers.iter_rows():
+                if answer["stop"]:
+                    raise _STOPS[answer["stop"]](answer["text"])
+                yield Footer.model_validate_json(answer["text"])
+        except ray.exceptions.RayError as error:
+            raise UnetppError(
+                f"Ray gave up on a shard of run {task.run} after its worker died {MAX_TASK_RETRIES + 1} times "
+                f"({type(error).__name__}): look for lack of memory; the same command goes on from here"
+            ) from error
+
+
+def _pool(ray: Any, num_shards: int, num_workers: int | None, num_cpus: int) -> tuple[Any, dict[str, int]]:
+    """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry."""
+    resources = ray.cluster_resources()
+    num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    if num_cpus > available_cpus:
+        raise ConfigError(f"threads {num_cpus} is more than the {available_cpus} CPUs that Ray has; ask for fewer")
+    room = num_gpus or available_cpus // num_cpus
+    size = max(1, min(num_shards, room, num_workers or room))
+    per_actor = {"num_cpus": num_cpus} | ({"num_gpus": 1} if num_gpus else {})
+    return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
+
+
+class ShardActor:
+    """A Worker in an actor of Ray. Errors that stop the run come back as data, so that none loses its type on the way."""
+
+    def __init__(self, task: Task) -> None:
+        self._worker = Worker(task)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """One shard: its footer, or why the run must stop."""
+        try:
+            footer = self._worker(Shard(int(row["number"]), int(row["start"]), int(row["stop"])))
+        except (ConfigError, ModelError, StorageError) as error:
+            return {"stop": type(error).__name__, "text": str(error)}
+        return {"stop": "", "text": footer.model_dump_json()}

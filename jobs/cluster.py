@@ -1,0 +1,41 @@
+"""The Ray that a job runs on: the cluster it was sent to, else a private one on this machine."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour Ray is moving to; unset, it warns at every start
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the jobs show their own
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """Connect to Ray for the duration of a job.
+
+    Inside a submitted job (RAY_ADDRESS is set) that is its cluster. Else a new private one is started on this machine,
+    never one that happens to run here, with at least `num_cpus` logical CPUs; it ends with the block.
+    """
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="WARNING")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level="WARNING",
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

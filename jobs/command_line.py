@@ -1,0 +1,208 @@
+"""One command from one config class: its flags, its help, its exit codes. Jobs and flows share it.
+
+Every value of the config is a flag (`--model.in-channels 1`), a `--set` key and a YAML key. Flags win over `--set`,
+which wins over the file. The config is validated once, by pydantic; cyclopts only cuts the line into words.
+"""
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import UnusedCliTokensError
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+
+from jobs import logs
+from jobs.config_file import load_config, write_yaml
+from jobs.config_schema import Leaf, leaves, placeholder, schema_of
+from jobs.contract import ExitCode
+from unetpp.errors import ConfigError, JobError, ModelError, StorageError, TransientError, UnetppError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+_EXIT_CODES: dict[type[UnetppError], ExitCode] = {
+    ConfigError: ExitCode.CONFIG,
+    ModelError: ExitCode.MODEL,
+    StorageError: ExitCode.STORAGE,
+    TransientError: ExitCode.STORAGE,
+}
+
+_GENERAL = Group("General", sort_key=(0,))
+_REQUIRED = Group("Required (as a flag or in the config file)", sort_key=(1,))
+_OPTIONS = Group("Options", sort_key=(2,))
+
+
+def new_app(name: str, help: str) -> App:
+    """Return an empty command `name` to add commands to."""
+    return App(
+        name=name,
+        help=help,
+        help_format="rich",
+        version_flags=[],
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+
+
+def add_command(app: App, name: str, config_class: type[Config], run: Callable[[Config], int]) -> None:
+    """Add `app name --flags`: it loads a `config_class` and ends with the exit code that `run` returns."""
+    app.command(_command(config_class, run), name=name, sort_key=len(list(app)))
+
+
+def set_command(app: App, config_class: type[Config], run: Callable[[Config], int]) -> None:
+    """Make `app --flags` itself load a `config_class` and end with the exit code that `run` returns."""
+    app.default(_command(config_class, run))
+
+
+def run_app(app: App, words: Iterable[str] | None = None) -> int:
+    """Parse the command line, run the command and return its exit code; every error becomes one.
+
+    A mistake of the caller is a sentence on stderr; only what nobody foresaw shows a traceback.
+    """
+    logs.configure()
+    try:
+        code = app(words, exit_on_error=False, print_error=False)
+        return int(code) if isinstance(code, int) else int(ExitCode.DONE)
+    except CycloptsError as error:
+        _say(app.name[0], [_mistyped(error)])
+        return int(ExitCode.CONFIG)
+    except KeyboardInterrupt:
+        _say(app.name[0], ["interrupted; the same command goes on from here"])
+        return int(ExitCode.INTERRUPTED)
+    except Exception as error:
+        known = _project_error(error)
+        if known is None:
+            traceback.print_exception(error)
+            return int(ExitCode.OTHER)
+        _say(app.name[0], _sentences(known))
+        return exit_code(known)
+
+
+def exit_code(error: UnetppError) -> int:
+    """Return the exit code of an error; a job's own code is passed on."""
+    if isinstance(error, JobError):
+        return error.exit_code if error.exit_code and error.exit_code > 0 else int(ExitCode.OTHER)
+    for kind, code in _EXIT_CODES.items():
+        if isinstance(error, kind):
+            return int(code)
+    return int(ExitCode.OTHER)
+
+
+def _project_error(error: BaseException | None) -> UnetppError | None:
+    """Find the project's own error: the error itself, or the cause a framework wrapped."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UnetppError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__
+    return None
+
+
+def _sentences(error: UnetppError) -> list[str]:
+    if isinstance(error, JobError):  # its lines were on the screen already
+        return [f"job {error.job} ended with exit code {error.exit_code}: its last lines above say why"]
+    return str(error).splitlines()
+
+
+def _mistyped(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected word {error.unused_tokens[0]!r}: a value follows its flag; --help lists the flags."
+    return f"{' '.join(str(error).split())} --help lists what there is."
+
+
+def _say(program: str, sentences: Iterable[str]) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in sentences:
+        console.print(f"[bold red]{program}:[/] {escape(sentence)}")
+
+
+# -------------------------------------------------------------------------------------------------- flags
+
+
+def _command(config_class: type[Config], run: Callable[[Config], int]) -> Callable[..., int]:
+    """Return a function whose signature is the config's flags, for cyclopts to read."""
+    by_name = {"__".join(leaf.path): leaf for leaf in leaves(schema_of(config_class))}
+
+    def command(
+        config: str | None = None, set: list[str] | None = None, print_config: bool = False, **words: Any
+    ) -> int:
+        flags = {by_name[name].path: _value(by_name[name], word) for name, word in words.items() if word is not None}
+        checked = load_config(config_class, config, set or (), flags)
+        if print_config:
+            sys.stdout.write(write_yaml(checked))
+            return int(ExitCode.DONE)
+        return run(checked)
+
+    command.__doc__ = config_class.__doc__
+    command.__annotations__ = {}  # the signature alone says what the flags are
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*_general_flags(), *(_flag(name, leaf) for name, leaf in by_name.items())]
+    )
+    return command
+
+
+def _general_flags() -> list[inspect.Parameter]:
+    def flag(name: str, kind: Any, help: str, **more: Any) -> inspect.Parameter:
+        return _keyword(name, kind, help=help, group=_GENERAL, negative=(), **more)
+
+    return [
+        flag("config", str, "YAML file with any of the keys below", metavar="FILE"),
+        flag("set", list[str], "set one key, the value read as YAML; repeatable", metavar="KEY=VALUE"),
+        flag("print_config", bool, "print the validated config as YAML and stop"),
+    ]
+
+
+def _flag(name: str, leaf: Leaf) -> inspect.Parameter:
+    kind = bool if leaf.is_switch else list[str] if leaf.is_list else str
+    return _keyword(
+        name,
+        kind,
+        "--" + leaf.dotted.replace("_", "-"),
+        help=_help(leaf),
+        group=_group(leaf),
+        metavar=None if leaf.is_switch else placeholder(leaf.schema),
+        negative=None if leaf.is_switch and leaf.default is True else (),
+    )
+
+
+def _keyword(name: str, kind: Any, flag: str | None = None, **note: Any) -> inspect.Parameter:
+    """Return a keyword that is None where the line does not have it."""
+    annotation = Annotated[kind | None, Parameter(flag, show_default=False, **note)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _group(leaf: Leaf) -> Group:
+    if len(leaf.path) == 1:
+        return _REQUIRED if leaf.required else _OPTIONS
+    section = ".".join(leaf.path[:-1])
+    return Group(section, help=escape(leaf.section_about), sort_key=(3, section))
+
+
+def _help(leaf: Leaf) -> str:
+    text = escape(leaf.schema.get("description", ""))
+    if leaf.required or leaf.default is None or (leaf.is_switch and leaf.default is False):
+        return text
+    default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, list) else leaf.default
+    return f"{text} [dim]{escape(f'[default: {default}]')}[/dim]"
+
+
+def _value(leaf: Leaf, word: Any) -> object:
+    """Return a flag's words as a plain value; whether it is allowed is pydantic's business."""
+    if leaf.is_switch or leaf.is_free_text:
+        return word
+    if not leaf.is_list:
+        return _yaml(word)
+    return [value for part in word for value in _yaml(f"[{part.strip('[]')}]")]
+
+
+def _yaml(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word

@@ -1,0 +1,145 @@
+"""Local paths, for `jobs.storage` alone. An object's etag is `<size>-<mtime in ns>`."""
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+
+from unetpp.errors import ConfigError, ImageError, StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space and run again; nothing is lost",
+    errno.EDQUOT: "the disk quota is used up: free some space and run again; nothing is lost",
+    errno.EROFS: "the file system is read-only: choose another folder, or mount it writable",
+    errno.EACCES: "permission denied: check the owner and the mode",
+    errno.EPERM: "not permitted: the file system may have no hard links, which commits need; choose another folder",
+    errno.ENOTSUP: "the file system has no hard links, which commits need; choose another folder",
+    errno.EIO: "the disk fails to read or write: check it",
+    errno.ENOTDIR: "a file is where a folder is wanted: choose another folder, or move the file",
+    errno.ESTALE: "the network file system went away: mount it again",
+}
+
+
+def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
+    """(path below `root`, etag, size in bytes) of every regular file; links are followed, loops are not entered.
+
+    ConfigError where `root` is no folder.
+    """
+    with _translated(root):
+        try:
+            kind = os.stat(root)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no folder {root}: check the path") from None
+        if not stat.S_ISDIR(kind.st_mode):
+            raise ConfigError(f"{root} is a file; wanted a folder")
+        yield from _walk(root, "", frozenset({(kind.st_dev, kind.st_ino)}))
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str, int]]:
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        try:
+            found = entry.stat()
+        except FileNotFoundError:  # a dangling link, or deleted while we list
+            continue
+        # Names that are no UTF-8 get a printable key; the read then says `gone` in the image's row.
+        key = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+        if stat.S_ISREG(found.st_mode):
+            yield key, _etag(found), found.st_size
+        elif stat.S_ISDIR(found.st_mode) and (found.st_dev, found.st_ino) not in above:
+            yield from _walk(entry.path, key + "/", above | {(found.st_dev, found.st_ino)})
+
+
+def read(path: str, etag: str | None) -> bytes:
+    """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
+    with _translated(path):
+        try:
+            with open(path, "rb") as file:
+                before = os.fstat(file.fileno())
+                content = file.read()
+                after = os.fstat(file.fileno())
+        except (FileNotFoundError, NotADirectoryError):
+            if etag is None:
+                raise FileNotFoundError(f"there is no file {path}") from None
+            raise ImageError("gone", f"{path} was deleted after it was listed") from None
+    if etag is not None and not etag == _etag(before) == _etag(after):
+        raise ImageError("changed", f"{path} was replaced after it was listed; the next run takes it")
+    return content
+
+
+def write(path: str, content: bytes) -> None:
+    """Write the file whole, over what is there: readers see the old or the new."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:60]}.{uuid.uuid4().hex}")
+    with _translated(path):
+        os.makedirs(folder or ".", exist_ok=True)
+        try:
+            _write_synced(temporary, content)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
+    """Write the file whole unless its name is taken, then False.
+
+    The name appears by `os.link`, which fails where it exists, from a synced file in `scratch_dir` (same file system):
+    at no moment is there a torn file under the final name, whatever is killed.
+    """
+    folder = os.path.dirname(path) or "."
+    temporary = os.path.join(scratch_dir, uuid.uuid4().hex)
+    with _translated(path):
+        if os.path.lexists(path):
+            return False
+        os.makedirs(scratch_dir, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
+        try:
+            _write_synced(temporary, content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        _sync_folder(folder)
+    return True
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name."""
+    with _translated(path):
+        return os.path.exists(path)
+
+
+def _write_synced(path: str, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+@contextlib.contextmanager
+def _translated(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {_ADVICE.get(error.errno or 0, error.strerror)}") from error

@@ -1,0 +1,225 @@
+"""Measure quality and cost of every level of a model: `unetpp evaluate --model DIR --data DIR --split test`.
+
+One pass over the images serves all levels and accurate mode. The level choice (`prune --tolerance`) uses the same pass.
+"""
+
+import csv
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from jobs import storage
+from jobs.contract import EvaluateConfig, EvaluateResult, LevelReport, Score
+from jobs.dataset import Sample, load, open_labelled_set
+from jobs.models import fetch_model
+from unetpp.checkpoint import LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
+from unetpp.engines import TorchEngine, keep_freed_memory
+from unetpp.errors import ConfigError
+from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
+from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
+from unetpp.predictor import masks_by_level
+from unetpp.prune import prune
+
+logger = logging.getLogger(__name__)
+
+COST_TILE_PX = 512
+COST_ROUNDS = 5
+CHUNK_IMAGES = 64
+
+
+def run(config: EvaluateConfig) -> EvaluateResult:
+    """Evaluate; write metrics.json, levels.csv and frontier.png to `output` and, if asked, the scores into the model."""
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = from_pretrained(fetch_model(config.model))
+    samples = open_labelled_set(config.data).split(config.split)
+    column = _group_column(samples, config)
+    logger.info("evaluating %d images of %s", len(samples), config.data)
+    counts = measure_quality(model, samples, config.tile_px)
+    seconds = measure_seconds(model)
+    result = EvaluateResult(
+        model_uri=config.model,
+        digest=digest(model),
+        data=config.data,
+        split=config.split,
+        seed=config.seed,
+        tile_px=config.tile_px,
+        reports=tuple(
+            LevelReport(
+                name=name,
+                score=_score(counts[name], config),
+                groups=_group_scores(counts[name], samples, column, config) if column else {},
+                num_parameters=count_parameters(output_network(model, name)),
+                gmacs_per_megapixel=gmacs_per_megapixel(model, name),
+                seconds_per_megapixel=seconds[name],
+            )
+            for name in counts
+        ),
+        image_ids=tuple(sample.id for sample in samples),
+        image_iou={name: tuple(iou(image) for image in counts[name]) for name in counts},
+    )
+    if config.output:
+        _write_outputs(config.output, result)
+    if config.update_card:
+        _update_card(config.model, model, result)
+    return result
+
+
+def measure_quality(model: UNetPlusPlus, samples: Sequence[Sample], tile_px: int) -> dict[str, list[Counts]]:
+    """Confusion counts of every image in order, by output name: the levels with a head, and accurate mode."""
+    counts: dict[str, list[Counts]] = {}
+    for start in range(0, len(samples), CHUNK_IMAGES):
+        for image in load(samples[start : start + CHUNK_IMAGES], model.config):
+            masks = masks_by_level(model, image.image_HWC, tile_px=tile_px)
+            for name, mask_HW in masks.items():
+                counts.setdefault(name, []).append(confusion_counts(mask_HW, image.target_HW, model.config.num_classes))
+    return counts
+
+
+def output_network(model: UNetPlusPlus, name: str) -> UNetPlusPlus:
+    """What has to be computed for an output: the pruned network of `L<n>`, everything for `accurate`."""
+    return model if name == "accurate" else prune(model, int(name.removeprefix("L")))
+
+
+def output_names(model: UNetPlusPlus) -> list[str]:
+    """`L<n>` for every head, then `accurate` where there are several."""
+    names = [f"L{level}" for level in model.config.head_levels]
+    return [*names, "accurate"] if len(names) > 1 else names
+
+
+def gmacs_per_megapixel(model: UNetPlusPlus, name: str) -> float:
+    """Billions of multiply-adds for 2**20 pixels of one output, halos and padding not counted."""
+    return count_gmacs(output_network(model, name).config, 1024, 1024)
+
+
+def measure_seconds(model: UNetPlusPlus) -> dict[str, float]:
+    """Median seconds for a megapixel (10**6) of every output with the torch engine here, the outputs interleaved."""
+    device = next(model.parameters()).device
+    engines = {
+        name: TorchEngine(output_network(model, name), "accurate" if name == "accurate" else "fast", str(device))
+        for name in output_names(model)
+    }
+    rng = np.random.default_rng(0)
+    tile = rng.integers(0, 256, (1, COST_TILE_PX, COST_TILE_PX, model.config.in_channels), np.uint8)
+    whole = (slice(None), slice(None))
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(1 + COST_ROUNDS):  # the first round warms up
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            engine(tile, whole)
+            seconds[name].append((time.perf_counter() - started) / (tile[..., 0].size / 1e6))
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+def _score(counts: Sequence[Counts], config: EvaluateConfig) -> Score:
+    ious, dices = [iou(image) for image in counts], [dice(image) for image in counts]
+    options = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
+    return Score(
+        num_images=len(counts),
+        mean_iou=float(np.mean(ious)),
+        mean_iou_interval=bootstrap_interval(ious, **options),
+        mean_dice=float(np.mean(dices)),
+        mean_dice_interval=bootstrap_interval(dices, **options),
+        pooled_iou=iou(np.sum(counts, axis=0)),
+    )
+
+
+def _group_column(samples: Sequence[Sample], config: EvaluateConfig) -> str | None:
+    columns = samples[0].groups.keys()
+    if config.group_by is None:
+        return "modality" if "modality" in columns else None
+    if config.group_by not in columns:
+        raise ConfigError(f"group_by is {config.group_by!r}; splits.csv has the columns {', '.join(columns) or 'none'}")
+    return config.group_by
+
+
+def _group_scores(
+    counts: Sequence[Counts], samples: Sequence[Sample], column: str, config: EvaluateConfig
+) -> dict[str, Score]:
+    by_group: dict[str, list[Counts]] = {}
+    for image, sample in zip(counts, samples, strict=True):
+        by_group.setdefault(sample.groups[column], []).append(image)
+    return {group: _score(by_group[group], config) for group in sorted(by_group)}
+
+
+def _write_outputs(output: str, result: EvaluateResult) -> None:
+    storage.write_bytes(storage.join(output, "metrics.json"), result.model_dump_json(indent=2).encode())
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(
+        ["output", "group", "images", "mean_iou", "iou_low", "iou_high", "mean_dice", "pooled_iou"]
+        + ["parameters", "gmacs_per_megapixel", "seconds_per_megapixel"]
+    )
+    for report in result.reports:
+        cost = [report.num_parameters, report.gmacs_per_megapixel, report.seconds_per_megapixel]
+        for group, score in {"": report.score, **report.groups}.items():
+            quality = [score.mean_iou, *score.mean_iou_interval, score.mean_dice, score.pooled_iou]
+            writer.writerow([report.name, group, score.num_images, *quality, *cost])
+    storage.write_bytes(storage.join(output, "levels.csv"), table.getvalue().encode())
+    storage.write_bytes(storage.join(output, "frontier.png"), frontier_png(result.reports))
+
+
+def frontier_png(reports: Sequence[LevelReport]) -> bytes:
+    """The plot of quality (mean IoU, 95 % interval) against measured cost (seconds a megapixel), as PNG bytes."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    for report in reports:
+        low, high = report.score.mean_iou_interval
+        mean, cost = report.score.mean_iou, report.seconds_per_megapixel
+        accurate = report.name == "accurate"
+        axes.errorbar(
+            [cost], [mean], yerr=[[mean - low], [high - mean]], fmt="D" if accurate else "o", capsize=4,
+            color="tab:orange" if accurate else "tab:blue",
+        )  # fmt: skip
+        axes.annotate(report.name, (cost, mean), textcoords="offset points", xytext=(8, 4 if accurate else -12))
+    levels = [report for report in reports if report.name != "accurate"]
+    axes.plot([r.seconds_per_megapixel for r in levels], [r.score.mean_iou for r in levels], "-", color="tab:blue", lw=1)
+    axes.set_xlabel("seconds per megapixel, torch engine, this machine")
+    axes.set_ylabel("mean IoU over images, 95 % interval")
+    axes.set_xlim(left=0)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    plt.close(figure)
+    return content.getvalue()
+
+
+def level_scores(result: EvaluateResult) -> dict[str, LevelScore]:
+    """The scores of an evaluation as a model folder keeps them."""
+    return {
+        report.name: LevelScore(
+            split=result.split,
+            num_images=report.score.num_images,
+            mean_iou=report.score.mean_iou,
+            mean_iou_interval=report.score.mean_iou_interval,
+            num_parameters=report.num_parameters,
+            gmacs_per_megapixel=report.gmacs_per_megapixel,
+            seconds_per_megapixel=report.seconds_per_megapixel,
+            groups={group: score.mean_iou for group, score in report.groups.items()},
+        )
+        for report in result.reports
+    }
+
+
+def _update_card(model_uri: str, model: UNetPlusPlus, result: EvaluateResult) -> None:
+    pretrained = read_pretrained(fetch_model(model_uri)).model_copy(update={"scores": level_scores(result)})
+    with tempfile.TemporaryDirectory() as model_dir:
+        save_pretrained(model, Path(model_dir), pretrained)
+        storage.upload_folder(model_dir, model_uri, last="config.json")
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_job
+
+    run_job("evaluate")

@@ -1,0 +1,196 @@
+"""What there is to do: one row per image of the archive that is not done yet, cut into shards.
+
+A manifest is a Parquet file, written once when a run opens and never changed; a shard is a range of its rows.
+"""
+
+import fnmatch
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs import storage
+from jobs.storage import StoredObject
+from unetpp.errors import StorageError
+
+SHARD_BYTES = 64 << 20
+PAGE = 10_000
+ROWS_PER_GROUP = 8192
+
+SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("window_y", pa.int32(), nullable=False),
+        pa.field("window_x", pa.int32(), nullable=False),
+        pa.field("window_h", pa.int32(), nullable=False),  # 0: to the image's end
+        pa.field("window_w", pa.int32(), nullable=False),
+        pa.field("num_windows", pa.int32(), nullable=False),
+        pa.field("window_px", pa.int32(), nullable=False),  # 0: the image is not cut
+        pa.field("attempts", pa.int16(), nullable=False),  # of this version of the image, in earlier runs
+    ]
+)
+
+Identities = NDArray[np.bytes_]
+
+
+class ManifestRow(NamedTuple):
+    """One image to do; the columns of SCHEMA."""
+
+    shard: int
+    key: str
+    etag: str
+    size_bytes: int
+    window_y: int
+    window_x: int
+    window_h: int
+    window_w: int
+    num_windows: int
+    window_px: int
+    attempts: int
+
+
+class Shard(NamedTuple):
+    """The unit of work, retry and commit: rows `start` to `stop` of the manifest."""
+
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def num_images(self) -> int:
+        """Rows of the shard."""
+        return self.stop - self.start
+
+
+class Plan(NamedTuple):
+    """A manifest to be, and how many of the listed images it leaves alone."""
+
+    table: pa.Table
+    num_listed: int
+    num_unchanged: int
+    num_others: int
+    """Objects whose key no include glob matches; not part of `num_listed`."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the images were cut into."""
+        return int(self.table["shard"][-1].as_py()) + 1 if len(self.table) else 0
+
+
+class DoneBefore(Protocol):
+    """What earlier runs say about images: see `jobs.table.done_before`."""
+
+    def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        """(needs nothing now, attempts so far) of each identity."""
+
+
+def identity(source: str, key: str, etag: str, *window: int) -> bytes:
+    """16 bytes that stand for one version of one image (and window: y, x, num_windows, window_px) of an archive."""
+    text = "\0".join([source, key, etag, *map(str, window)])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def matcher(include: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a key matches one of the globs, in any case; `*` crosses folders."""
+    found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include)).match
+    return lambda key: found(key.lower()) is not None
+
+
+def plan(
+    listing: Iterable[StoredObject], *, source: str, include: Iterable[str], done: DoneBefore, shard_images: int
+) -> Plan:
+    """Choose what matches and is not done, sort it by key and cut it into shards."""
+    is_image = matcher(include)
+    num_listed, num_others = 0, 0
+    pages = [SCHEMA.empty_table()]
+    for page in _pages(listing):
+        images = [found for found in page if is_image(found.key)]
+        num_others += len(page) - len(images)
+        num_listed += len(images)
+        identities = np.array([identity(source, key, etag, 0, 0, 1, 0) for key, etag, _ in images], "S16")
+        is_done, attempts = done.lookup(identities)
+        chosen = [found for found, skip in zip(images, is_done, strict=True) if not skip]
+        pages.append(_table(chosen, attempts[~is_done]))
+    table = pa.concat_tables(pages).sort_by("key")
+    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
+    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
+    return Plan(table, num_listed, num_listed - len(table), num_others)
+
+
+def encode(table: pa.Table) -> bytes:
+    """The manifest's bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    return sink.getvalue()
+
+
+def shards(manifest_uri: str, sha256: str) -> list[Shard]:
+    """Every shard of a manifest. StorageError where its bytes are not those that the run was opened with."""
+    content = storage.read_bytes(manifest_uri)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise StorageError(f"{manifest_uri} is not the manifest that its run was opened with; it must not be changed")
+    numbers = pq.read_table(io.BytesIO(content), columns=["shard"])["shard"].to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    stops = np.append(starts[1:], len(numbers))
+    return [Shard(int(numbers[start]), int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+
+
+def read_rows(manifest_uri: str, shard: Shard) -> list[ManifestRow]:
+    """The rows of one shard."""
+    first, last = shard.start // ROWS_PER_GROUP, (shard.stop - 1) // ROWS_PER_GROUP
+    groups = pa.concat_tables([_row_group(manifest_uri, group) for group in range(first, last + 1)])
+    rows = groups.slice(shard.start - first * ROWS_PER_GROUP, shard.num_images)
+    return [ManifestRow(**row) for row in rows.to_pylist()]
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(manifest_uri: str, group: int) -> pa.Table:
+    with storage.arrow(manifest_uri) as (filesystem, path), pq.ParquetFile(path, filesystem=filesystem) as file:
+        return file.read_row_group(group)
+
+
+def _pages(listing: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
+    objects = iter(listing)
+    while page := list(islice(objects, PAGE)):
+        yield page
+
+
+def _table(images: list[StoredObject], attempts: NDArray[np.int16]) -> pa.Table:
+    zeros = np.zeros(len(images), np.int32)
+    columns = {
+        "shard": zeros,
+        "key": [found.key for found in images],
+        "etag": [found.etag for found in images],
+        "size_bytes": [found.size_bytes for found in images],
+        "window_y": zeros,
+        "window_x": zeros,
+        "window_h": zeros,
+        "window_w": zeros,
+        "num_windows": zeros + 1,
+        "window_px": zeros,
+        "attempts": attempts,
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _cut(sizes: NDArray[np.int64], shard_images: int) -> NDArray[np.int32]:
+    """Shard number of each row, in order: at most `shard_images` images and, beyond the first, SHARD_BYTES bytes."""
+    numbers = np.empty(len(sizes), np.int32)
+    number, num_images, num_bytes = 0, 0, 0
+    for row, size in enumerate(sizes.tolist()):
+        if num_images == shard_images or (num_images and num_bytes + size > SHARD_BYTES):
+            number, num_images, num_bytes = number + 1, 0, 0
+        numbers[row] = number
+        num_images, num_bytes = num_images + 1, num_bytes + size
+    return numbers

@@ -1,0 +1,192 @@
+"""Segment an archive: list what is new, cut it into shards, take each through read, predict and write.
+
+A shard's Parquet part, put only if absent and after its PNGs, is its commit; a killed run is resumed by the same
+command. A bad image becomes a row with `error_code`; a bad world (StorageError) stops the run with nothing half done.
+"""
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from typing import Literal
+
+from jobs import backends, storage, table
+from jobs.command_line import exit_code
+from jobs.contract import ExitCode, PredictConfig, PredictResult
+from jobs.finish import check_law, seal
+from jobs.manifest import Shard
+from jobs.progress import Progress, interruptible
+from jobs.runs import Archive, Opening, RunRecord, open_run, pending_shards
+from jobs.shard import Task, load_predictor
+from jobs.sink import Footer
+from unetpp.errors import UnetppError
+from unetpp.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: PredictConfig) -> PredictResult:
+    """Segment what is new below `config.input`, after finishing what an earlier call left unfinished.
+
+    Returns:
+        Counts over the runs of this call; status `interrupted` after Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError, ModelError, StorageError: with `config.result`, a result of status `failed` is written before.
+    """
+    call = _Call(config)
+    try:
+        with interruptible():
+            result = call.work()
+    except KeyboardInterrupt:
+        result = call.stopped("interrupted", int(ExitCode.INTERRUPTED), "interrupted; the same command goes on from here")
+    except UnetppError as error:
+        failed = call.stopped("failed", exit_code(error), str(error))
+        with contextlib.suppress(UnetppError):  # the first error is the one to tell
+            _write_result(config, failed)
+        raise
+    _write_result(config, result)
+    return result
+
+
+class _Call:
+    """One call of `run`: the runs it finishes and opens, and what they add up to."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        self._config = config
+        self._started = time.monotonic()
+        self._sealed: list[PredictResult] = []
+        self._archive: Archive | None = None
+        self._record: RunRecord | None = None
+
+    def work(self) -> PredictResult:
+        """Resume what is unfinished, then open one run of what is new."""
+        config = self._config
+        source_uri, output_uri = storage.canonical(config.input), storage.canonical(config.output)
+        predictor = load_predictor(storage.canonical(config.model), config, config.threads)
+        archive = self._archive = Archive(source_uri, output_uri, predictor.digest, config)
+        while True:
+            opening = open_run(archive, waiting=[run for sealed in self._sealed for run in sealed.runs])
+            if not isinstance(opening, Opening):
+                return self._finished(opening.num_listed)
+            self._record = opening.record
+            self._execute(archive, opening, predictor)
+            self._sealed.append(seal(archive, opening.record, self._seconds))
+            self._record = None
+            if opening.is_ours:
+                return self._finished()
+
+    def _execute(self, archive: Archive, opening: Opening, predictor: Predictor) -> None:
+        record = opening.record
+        shards = pending_shards(archive, record)
+        num_done = record.num_images - sum(shard.num_images for shard in shards)
+        logger.info(
+            "%s %s: %d images in %d shards, %d images done before",
+            "opened" if opening.is_ours else "resuming",
+            record.run,
+            record.num_images,
+            record.num_shards,
+            num_done,
+        )
+        if not opening.is_ours:
+            shards.reverse()  # should the driver that opened the run be alive, the two meet in the middle
+        with (
+            Progress(record.run, record.num_images, num_done) as progress,
+            contextlib.closing(self._footers(archive, record, shards, predictor)) as footers,
+        ):
+            for footer in footers:
+                progress.advance(footer)
+
+    def _footers(
+        self, archive: Archive, record: RunRecord, shards: list[Shard], predictor: Predictor
+    ) -> Generator[Footer]:
+        on_ray = self._config.backend == "ray"
+        task = Task(
+            run=record.run,
+            source_uri=archive.source_uri,
+            output_uri=archive.output_uri,
+            model_uri=storage.canonical(self._config.model),
+            model_digest=archive.model_digest,
+            manifest_uri=archive.run_uri(record.run, record.manifest),
+            manifest_sha256=record.manifest_sha256,
+            config=self._config,
+            threads=self._config.threads or (1 if on_ray else None),
+        )
+        if on_ray and shards:
+            return backends.on_ray(task, shards, self._config.num_workers)
+        return backends.inline(task, shards, predictor)
+
+    def _finished(self, num_listed_now: int = 0) -> PredictResult:
+        """What all runs add up to; with none, `num_listed_now` images are all done."""
+        if not self._sealed:
+            check_law("nothing new", num_listed_now, 0, 0, num_listed_now)
+            return self._result("unchanged", int(ExitCode.DONE), num_unchanged=num_listed_now, message="nothing new")
+        num_unchanged = self._sealed[0].num_unchanged
+        failed = any(sealed.num_failed for sealed in self._sealed)
+        result = self._result(
+            "partial" if failed else "complete",
+            int(ExitCode.DONE_WITH_FAILED_IMAGES if failed and not self._config.partial_ok else ExitCode.DONE),
+            num_unchanged=num_unchanged,
+        )
+        check_law(", ".join(result.runs), result.num_listed, result.num_predicted, result.num_failed, num_unchanged)
+        return result
+
+    def stopped(self, status: Literal["interrupted", "failed"], exit_code: int, message: str) -> PredictResult:
+        """What is committed so far. Images of the open run that are not done count as not listed."""
+        footers: list[Footer] = []
+        if self._archive is not None and self._record is not None:
+            with contextlib.suppress(UnetppError):  # a count is not worth hiding why the run stopped
+                parts = table.list_parts(self._archive.output_uri, self._archive.model_digest, self._record.run)
+                footers = table.read_footers(parts)
+                num_done = sum(footer.num_predicted + footer.num_failed for footer in footers)
+                message += f" ({self._record.run}: {num_done} of {self._record.num_images} images are done)"
+        first = self._sealed[0] if self._sealed else self._record
+        return self._result(status, exit_code, first.num_unchanged if first else 0, message, footers)
+
+    def _result(
+        self,
+        status: Literal["complete", "partial", "unchanged", "interrupted", "failed"],
+        exit_code: int,
+        num_unchanged: int,
+        message: str = "",
+        footers: Sequence[Footer] = (),
+    ) -> PredictResult:
+        counted = [*self._sealed, *footers]
+        failures: Counter[str] = Counter()
+        for each in counted:
+            failures.update(each.failures)
+        unfinished = sum(footer.num_predicted + footer.num_failed for footer in footers)
+        listed = sum(sealed.num_listed - sealed.num_unchanged for sealed in self._sealed)
+        runs = tuple(run for sealed in self._sealed for run in sealed.runs)
+        return PredictResult(
+            status=status,
+            exit_code=exit_code,
+            runs=runs if self._record is None else (*runs, self._record.run),
+            model_digest=self._archive.model_digest if self._archive else "",
+            table_uri=storage.join(self._archive.output_uri if self._archive else self._config.output, "table"),
+            report_uri=self._sealed[-1].report_uri if self._sealed else None,
+            num_listed=num_unchanged + listed + unfinished,
+            num_predicted=sum(each.num_predicted for each in counted),
+            num_failed=sum(each.num_failed for each in counted),
+            num_unchanged=num_unchanged,
+            failures=dict(sorted(failures.items())),
+            megapixels=sum(each.megapixels for each in counted),
+            seconds=self._seconds,
+            message=message,
+        )
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+def _write_result(config: PredictConfig, result: PredictResult) -> None:
+    if config.result is not None:
+        storage.write_bytes(config.result, result.model_dump_json(indent=2).encode())
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("predict")

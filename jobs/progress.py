@@ -1,0 +1,97 @@
+"""What a person sees while a run works, and how it is interrupted."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from jobs.sink import Footer
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 5.0
+
+
+class Progress:
+    """Images done of a run, rate and time left: a bar on a terminal, else a log line every few seconds."""
+
+    def __init__(self, run: str, num_images: int, num_done: int) -> None:
+        self.run, self.num_images, self.num_done = run, num_images, num_done
+        self._num_before, self._num_failed = num_done, 0
+        self._started = self._logged = time.monotonic()
+        self._bar = _bar() if sys.stderr.isatty() else None
+        self._task = None if self._bar is None else self._bar.add_task(run, total=num_images, completed=num_done, failed=0)
+
+    def advance(self, footer: Footer) -> None:
+        """One more shard is committed."""
+        self.num_done += footer.num_predicted + footer.num_failed
+        self._num_failed += footer.num_failed
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.num_done, failed=self._num_failed)
+        elif time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            self._log()
+
+    def _log(self) -> None:
+        rate = (self.num_done - self._num_before) / max(time.monotonic() - self._started, 1e-9)
+        left_s = (self.num_images - self.num_done) / max(rate, 1e-9)
+        logger.info(
+            "%s: %d of %d images, %d failed, %.1f images/s, %d s left",
+            self.run,
+            self.num_done,
+            self.num_images,
+            self._num_failed,
+            rate,
+            left_s,
+        )
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.num_done > self._num_before:
+            self._log()
+
+
+def _bar() -> Bar:
+    return Bar(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the block SIGTERM does what Ctrl-C does: KeyboardInterrupt. Only a main thread can ask for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

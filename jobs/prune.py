@@ -1,0 +1,98 @@
+"""Export the sub-network of one level: `unetpp prune --model DIR (--level N | --tolerance T --data DIR) --out DIR`.
+
+A tolerance keeps the cheapest level of which the paired bootstrap over images says, at the stated confidence, that it
+loses at most that much mean IoU against the best level.
+"""
+
+import logging
+import tempfile
+
+import numpy as np
+
+from jobs import storage
+from jobs.contract import EvaluateConfig, LevelChoice, PruneConfig, PruneResult
+from jobs.evaluate import level_scores
+from jobs.evaluate import run as evaluate
+from jobs.models import fetch_model
+from unetpp.checkpoint import digest, from_pretrained, read_pretrained, save_pretrained
+from unetpp.metrics import loss_upper_bound
+from unetpp.prune import prune
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: PruneConfig) -> PruneResult:
+    """Choose the level if none is given, and write the pruned model folder to `out`."""
+    model_dir = fetch_model(config.model)
+    pretrained = read_pretrained(model_dir)
+    scores = pretrained.scores
+    choices: tuple[LevelChoice, ...] = ()
+    level = config.level
+    if config.tolerance is not None and config.data is not None:
+        evaluated = evaluate(
+            EvaluateConfig(
+                model=config.model,
+                data=config.data,
+                split=config.split,
+                num_bootstrap=config.num_bootstrap,
+                seed=config.seed,
+                threads=config.threads,
+            )
+        )
+        scores = level_scores(evaluated)
+        image_iou = {level: evaluated.image_iou[f"L{level}"] for level in pretrained.model.head_levels}
+        choices = compare_levels(image_iou, config)
+        level = choose_level(choices)
+    assert level is not None, "the config asks for a level or a tolerance"
+    pruned = prune(from_pretrained(model_dir), level)
+    kept = {name: score for name, score in scores.items() if name == f"L{level}"}
+    history = {**pretrained.training, "pruned_from": pretrained.model.level}
+    if choices:
+        history["level_choice"] = {
+            "tolerance": config.tolerance,
+            "confidence": config.confidence,
+            "levels": [choice.model_dump(mode="json") for choice in choices],
+        }
+    with tempfile.TemporaryDirectory() as pruned_dir:
+        save_pretrained(pruned, pruned_dir, pretrained.model_copy(update={"scores": kept, "training": history}))
+        storage.upload_folder(pruned_dir, config.out, last="config.json")
+    logger.info("kept L%d at %s", level, config.out)
+    return PruneResult(model_uri=config.out, digest=digest(pruned), level=level, choices=choices)
+
+
+def compare_levels(image_iou: dict[int, tuple[float, ...]], config: PruneConfig) -> tuple[LevelChoice, ...]:
+    """Each level's loss of mean IoU against the best level and the upper bound of that loss, from per-image IoU."""
+    assert config.tolerance is not None
+    means = {level: float(np.mean(values)) for level, values in image_iou.items()}
+    best = max(means, key=lambda level: (means[level], -level))
+    bounds = {
+        level: loss_upper_bound(
+            image_iou[best],
+            values,
+            num_bootstrap=config.num_bootstrap,
+            seed=config.seed,
+            confidence=config.confidence,
+        )
+        for level, values in image_iou.items()
+    }
+    return tuple(
+        LevelChoice(
+            level=level,
+            mean_iou=means[level],
+            loss_to_best=means[best] - means[level],
+            loss_upper_bound=bounds[level],
+            within_tolerance=level == best or bounds[level] <= config.tolerance,
+        )
+        for level in sorted(image_iou)
+    )
+
+
+def choose_level(choices: tuple[LevelChoice, ...]) -> int:
+    """The cheapest level within the tolerance; cost grows with the level, and the best level is always within."""
+    return min(choice.level for choice in choices if choice.within_tolerance)
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_job
+
+    run_job("prune")

@@ -1,0 +1,214 @@
+"""A run's life in the store: opened once, resumed while parts are missing, sealed when all are there.
+
+```
+<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  result.json  report.html  _SUCCESS.json
+```
+`run.json`, put if absent, opens a run; the parts in the table are its progress; all else can be rebuilt from these.
+"""
+
+import hashlib
+import shlex
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from jobs import manifest, sink, storage, table
+from jobs.contract import PredictConfig, fingerprint
+from jobs.manifest import Shard
+from unetpp.errors import ConfigError, StorageError
+
+
+class RunRecord(BaseModel):
+    """run.json: what a run is. Written once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    fingerprint: str
+    source_uri: str
+    model_digest: str
+    write: tuple[str, ...]
+    manifest: str
+    manifest_sha256: str
+    num_shards: int
+    num_images: int
+    num_listed: int
+    num_unchanged: int
+    opened_at: datetime
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a call wants done: an archive, a model, a place, and how."""
+
+    source_uri: str
+    output_uri: str
+    model_digest: str
+    config: PredictConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where an unfinished run may be finished by this call."""
+        return fingerprint(
+            {
+                "source": self.source_uri,
+                "include": sorted(set(self.config.include)),
+                "digest": self.model_digest,
+                "write": sorted(set(self.config.write)),
+                "shard_images": self.config.shard_images,
+                "window_px": 0,
+                "parent": None,
+            }
+        )
+
+    def run_uri(self, run: str, *names: str) -> str:
+        """URI of a run's folder, or of a file in it."""
+        return storage.join(self.output_uri, "runs", run, *names)
+
+    def parts_uri(self, run: str) -> str:
+        """URI of the folder of a run's parts."""
+        return sink.parts_uri(self.output_uri, self.model_digest, run)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run to work on; `is_ours` when this call opened it."""
+
+    record: RunRecord
+    is_ours: bool
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Nothing to do: all of `num_listed` images are done."""
+
+    num_listed: int
+
+
+def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Unchanged:
+    """Find the run to work on: an unfinished one of this fingerprint, else a new one of what is not done.
+
+    Args:
+        archive: what is wanted.
+        waiting: runs of this call, whose failed images wait for the next call.
+
+    Raises:
+        ConfigError: nothing is listed, or an unfinished run of the same archive and model has another fingerprint.
+    """
+    while True:
+        found, sealed = _list_runs(archive)
+        # The number is fixed before the table is read: whoever opens a run meanwhile takes it, and we begin again.
+        run = f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
+        with storage.io_threads() as threads:
+            records = list(threads.map(lambda name: _read_record(archive, name), sorted(found)))
+        same = [
+            record
+            for record in records
+            if record.source_uri == archive.source_uri and record.model_digest == archive.model_digest
+        ]
+        for record in same:
+            if record.run in sealed:
+                continue
+            if record.fingerprint == archive.fingerprint:
+                return Opening(record, is_ours=False)
+            if pending := pending_shards(archive, record):
+                raise ConfigError(_unfinished(record, len(pending)))
+        done = table.done_before(
+            archive.output_uri,
+            archive.model_digest,
+            source=archive.source_uri,
+            write=archive.config.write,
+            written_by_run={record.run: record.write for record in records},
+            waiting=waiting,
+        )
+        plan = manifest.plan(
+            storage.list_objects(archive.source_uri),
+            source=archive.source_uri,
+            include=archive.config.include,
+            done=done,
+            shard_images=archive.config.shard_images,
+        )
+        if not plan.num_listed:
+            others = f"; {plan.num_others} other object(s) are there" if plan.num_others else ""
+            raise ConfigError(
+                f"no image below {archive.source_uri} matches {', '.join(archive.config.include)}{others}: check "
+                "--input and --include"
+            )
+        if not plan.num_shards:
+            return Unchanged(plan.num_listed)
+        if (record := _open(archive, run, plan)) is not None:
+            return Opening(record, is_ours=True)
+
+
+def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
+    """Write the manifest and put run.json. None where somebody else opened a run of this number."""
+    content = manifest.encode(plan.table)
+    record = RunRecord(
+        run=run,
+        fingerprint=archive.fingerprint,
+        source_uri=archive.source_uri,
+        model_digest=archive.model_digest,
+        write=archive.config.write,
+        manifest=f"manifest-{uuid.uuid4().hex}.parquet",
+        manifest_sha256=hashlib.sha256(content).hexdigest(),
+        num_shards=plan.num_shards,
+        num_images=len(plan.table),
+        num_listed=plan.num_listed,
+        num_unchanged=plan.num_unchanged,
+        opened_at=datetime.now(timezone.utc),
+        config=archive.config.model_dump(mode="json"),
+    )
+    storage.put_if_absent(archive.run_uri(run, record.manifest), content, root=archive.output_uri)
+    uri = archive.run_uri(run, "run.json")
+    is_ours = storage.put_if_absent(uri, record.model_dump_json(indent=2).encode(), root=archive.output_uri)
+    # A refused write may be our own, if its first answer was lost: the manifest's name tells.
+    return record if is_ours or _read_record(archive, run).manifest == record.manifest else None
+
+
+def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
+    """The shards of a run that are not committed."""
+    committed = {part.shard for part in table.list_parts(archive.output_uri, archive.model_digest, record.run)}
+    if len(committed) == record.num_shards:
+        return []
+    every = manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256)
+    return [shard for shard in every if shard.number not in committed]
+
+
+def _list_runs(archive: Archive) -> tuple[set[str], set[str]]:
+    """(runs that are open or finished, runs that are sealed). A folder without run.json is no run."""
+    files: dict[str, set[str]] = {"run.json": set(), "_SUCCESS.json": set()}
+    for found in storage.list_objects(storage.join(archive.output_uri, "runs"), missing_ok=True):
+        run, _, name = found.key.partition("/")
+        if name in files and run[:1] == "r" and run[1:].isdecimal():
+            files[name].add(run)
+    return files["run.json"], files["run.json"] & files["_SUCCESS.json"]
+
+
+def _read_record(archive: Archive, run: str) -> RunRecord:
+    uri = archive.run_uri(run, "run.json")
+    try:
+        return RunRecord.model_validate(storage.read_json(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is damaged or of another version: {error}") from None
+
+
+def _unfinished(record: RunRecord, num_pending: int) -> str:
+    config = PredictConfig.model_validate(record.config)
+    words = ["unetpp", "predict", "--model", config.model, "--input", config.input, "--output", config.output]
+    defaults = PredictConfig(model="m", input="i", output="o")
+    for name in ("level", "mode", "shard_images"):
+        if getattr(config, name) != getattr(defaults, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    if config.write != defaults.write:
+        words += ["--write", ",".join(config.write)]
+    if config.include != defaults.include:
+        words += [word for glob in config.include for word in ("--include", glob)]
+    return (
+        f"run {record.run} of the same input, output and model is not finished ({num_pending} of {record.num_shards} "
+        f"shards are left) and was started with other settings. Finish it first:\n{shlex.join(words)}"
+    )

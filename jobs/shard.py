@@ -1,0 +1,258 @@
+"""One shard: read_shard -> predict_shard -> write_shard. The same three functions whatever runs them.
+
+They are chained lazily: one batch of images is decoded at a time, and a stage drops what it consumed.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from jobs import manifest, sink, storage
+from jobs.contract import PredictConfig
+from jobs.manifest import ManifestRow, Shard
+from jobs.models import fetch_model
+from jobs.sink import Footer
+from unetpp.errors import ImageError, ModelError, StorageError
+from unetpp.images import decode_image, decode_mask, encode_mask
+from unetpp.predictor import Image, Prediction, Predictor
+
+BATCH_PIXELS = 16_000_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the shards of a run have in common: plain data, so that it travels to any worker."""
+
+    run: str
+    source_uri: str
+    output_uri: str
+    model_uri: str
+    model_digest: str
+    manifest_uri: str
+    manifest_sha256: str
+    config: PredictConfig
+    threads: int | None
+    """CPU threads of the engine; None: all cores."""
+
+    def part_uri(self, shard: int) -> str:
+        """Where a shard's part is committed."""
+        return storage.join(sink.parts_uri(self.output_uri, self.model_digest, self.run), sink.part_name(shard))
+
+
+class Item(NamedTuple):
+    """One image of a shard as read: decoded, or why not."""
+
+    row: ManifestRow
+    image_HWC: Image | None
+    error: ImageError | None
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """One image of a shard as predicted: its mask, or why not."""
+
+    row: ManifestRow
+    prediction: Prediction | None
+    error: ImageError | None
+    seconds: float
+
+
+def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor) -> Iterator[Item]:
+    """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad."""
+    rows = manifest.read_rows(task.manifest_uri, shard)
+
+    def fetch(row: ManifestRow) -> bytes | ImageError:
+        try:
+            return storage.read_bytes(storage.join(task.source_uri, row.key), row.etag)
+        except ImageError as error:
+            return error
+
+    for row, content in zip(rows, threads.map(fetch, rows), strict=True):
+        if isinstance(content, ImageError):
+            yield Item(row, None, content, 0.0)
+            continue
+        started = time.perf_counter()
+        try:
+            image_HWC, error = decode_image(content, max_pixels=task.config.max_pixels), None
+        except ImageError as refused:
+            image_HWC, error = None, refused
+        yield Item(row, image_HWC, error, time.perf_counter() - started)
+
+
+def predict_shard(predictor: Predictor, items: Iterable[Item]) -> Iterator[Outcome]:
+    """Predict in batches as the engine likes them: on CPU one image at a time."""
+    batch: list[Item] = []
+    num_pixels = 0
+    for item in items:
+        batch.append(item)
+        num_pixels += 0 if item.image_HWC is None else item.image_HWC.shape[0] * item.image_HWC.shape[1]
+        if len(batch) >= predictor.engine.batch_tiles or num_pixels >= BATCH_PIXELS:
+            yield from _predict(predictor, batch)
+            batch, num_pixels = [], 0
+    yield from _predict(predictor, batch)
+
+
+def _predict(predictor: Predictor, batch: list[Item]) -> Iterator[Outcome]:
+    images = [item.image_HWC for item in batch if item.image_HWC is not None]
+    started = time.perf_counter()
+    failure: ImageError | None = None
+    try:
+        predictions = iter(predictor.predict(images) if images else ())
+    except Exception as error:  # noqa: BLE001  (the guard of a row: whatever one image does, the others go on)
+        if len(batch) > 1:
+            for item in batch:
+                yield from _predict(predictor, [item])
+            return
+        failure = error if isinstance(error, ImageError) else ImageError("crash", f"{type(error).__name__}: {error}")
+    seconds = (time.perf_counter() - started) / max(1, len(images))
+    for item in batch:
+        if item.image_HWC is None or failure is not None:
+            yield Outcome(item.row, None, item.error or failure, item.seconds)
+            continue
+        prediction = next(predictions)
+        if prediction.finite:
+            yield Outcome(item.row, prediction, None, item.seconds + seconds)
+        else:
+            error = ImageError("numeric", "the network gave NaN or infinity for this image")
+            yield Outcome(item.row, None, error, item.seconds + seconds)
+
+
+def write_shard(
+    task: Task, shard: Shard, predictor: Predictor, outcomes: Iterable[Outcome], threads: ThreadPoolExecutor
+) -> Footer:
+    """Put the shard's PNGs, then its part: the commit. Return the footer of the part that holds."""
+    started = time.perf_counter()
+    with_png = "png" in task.config.write
+
+    def put_png(row: dict[str, Any]) -> dict[str, Any]:
+        return _put_png(task, row, predictor.num_classes) if with_png and row["error_code"] is None else row
+
+    written = [threads.submit(put_png, _row(task, predictor, outcome)) for outcome in outcomes]
+    rows = [future.result() for future in written]
+    return sink.commit(
+        task.part_uri(shard.number),
+        rows,
+        run=task.run,
+        manifest_sha256=task.manifest_sha256,
+        shard=shard.number,
+        seconds=time.perf_counter() - started,
+        root=task.output_uri,
+    )
+
+
+def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
+    """The table's row of one image, not yet with a mask_uri."""
+    started = time.perf_counter()
+    row, prediction, error, seconds = outcome
+    columns: dict[str, Any] = dict.fromkeys(sink.SCHEMA.names)
+    columns |= {
+        "key": row.key,
+        "source_uri": task.source_uri,
+        "etag": row.etag,
+        "window_y": row.window_y,
+        "window_x": row.window_x,
+        "num_windows": row.num_windows,
+        "window_px": row.window_px,
+        "level": predictor.level,
+        "model_digest": predictor.digest,
+        "attempts": row.attempts + 1,
+        "schema_version": sink.SCHEMA_VERSION,
+    }
+    if prediction is None:
+        assert error is not None
+        return columns | {"seconds": seconds, "error_code": error.code, "error": error.detail}
+    mask_HW = prediction.mask_HW
+    height, width = mask_HW.shape
+    return columns | {
+        "window_h": height,
+        "window_w": width,
+        "height": height,
+        "width": width,
+        "mask_png": encode_mask(mask_HW, predictor.num_classes),
+        "class_pixels": _class_pixels(mask_HW, predictor.num_classes),
+        "uncertainty": prediction.uncertainty,
+        "degraded": prediction.degraded,
+        "seconds": seconds + time.perf_counter() - started,
+    }
+
+
+def _put_png(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Put the mask as an object of its own. Where one is, its bytes go into the row: row and PNG always agree."""
+    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"])
+    row = row | {"mask_uri": uri}
+    if storage.put_if_absent(uri, row["mask_png"], root=task.output_uri):
+        return row
+    there = storage.read_bytes(uri)
+    if there == row["mask_png"]:
+        return row
+    try:
+        mask_HW = decode_mask(there, num_classes)
+    except ImageError as error:
+        raise StorageError(f"{uri} is not the mask that a run put there ({error.detail}); remove it") from None
+    return row | {"mask_png": there, "class_pixels": _class_pixels(mask_HW, num_classes)}
+
+
+def _class_pixels(mask_HW: NDArray[np.uint8], num_classes: int) -> list[int]:
+    return np.bincount(mask_HW.ravel(), minlength=max(2, num_classes)).tolist()
+
+
+class Worker:
+    """Takes shards, one after the other, through the three functions. Loads the model at the first."""
+
+    def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
+        self.task = task
+        self._threads = storage.io_threads()
+        if predictor is not None:
+            self.predictor = predictor
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The task's model. ModelError where the folder holds another one by now."""
+        predictor = load_predictor(self.task.model_uri, self.task.config, self.task.threads)
+        if predictor.digest != self.task.model_digest:
+            raise ModelError(
+                f"{self.task.model_uri} holds model {predictor.digest[:10]}, but run {self.task.run} was opened with "
+                f"{self.task.model_digest[:10]}: put that model back, or start again to open a new run"
+            )
+        return predictor
+
+    def __call__(self, shard: Shard) -> Footer:
+        """Do one shard; nothing but a look where it is committed already."""
+        uri = self.task.part_uri(shard.number)
+        if storage.exists(uri):
+            with storage.arrow(uri) as (filesystem, path):
+                return sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
+        items = read_shard(self.task, shard, self._threads)
+        outcomes = predict_shard(self.predictor, items)
+        return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:
+    """Fetch and load the model on the best device here. ModelError, ConfigError, StorageError as they come."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Predictor.from_pretrained(
+        fetch_model(model_uri),
+        mode=config.mode,
+        level=config.level,
+        engine="torch",
+        tile_px=config.tile_px,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )

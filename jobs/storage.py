@@ -1,0 +1,198 @@
+"""The only door to URIs: list, read, write, put if absent. Paths and `file://` are local; `s3://` is object storage.
+
+Errors are made here, once, for every caller:
+
+- ImageError `changed`, `gone`, `integrity`: this one object, where a version (etag) was asked for;
+- FileNotFoundError: an object that was asked for without a version is absent;
+- ConfigError: a local folder that does not exist, a scheme or an address that makes no sense;
+- StorageError: the world is bad (no such bucket, credentials, forbidden, no answer after retries, no space).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import pyarrow.fs
+
+from jobs import disk, s3
+from unetpp.errors import ConfigError, StorageError
+
+SCRATCH = ".tmp"
+NUM_THREADS = 16
+
+
+class StoredObject(NamedTuple):
+    """One listed object: its key (path below the listed root), its version and its size."""
+
+    key: str
+    etag: str
+    size_bytes: int
+
+
+def canonical(uri: str | Path) -> str:
+    """One spelling for one place: absolute path or `s3://bucket/prefix`, no trailing slash.
+
+    ConfigError for other schemes.
+    """
+    text = os.fspath(uri)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if scheme == "s3":
+        bucket, prefix = s3.split(text)
+        return f"s3://{bucket}/{prefix}".rstrip("/")
+    if scheme == "file":
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local path is file:///folder or /folder")
+        text = unquote(parts.path)
+    elif scheme:
+        raise ConfigError(f"{text!r}: cannot open {scheme}://; wanted a local path, file:// or s3://")
+    if not text:
+        raise ConfigError("a location is empty; wanted a local path, file:// or s3://")
+    return os.path.abspath(text)
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    """The URI of an object below `uri`; parts are taken as they are written."""
+    return "/".join([os.fspath(uri).rstrip("/"), *parts])
+
+
+def is_remote(uri: str | Path) -> bool:
+    """Whether `uri` is object storage."""
+    return os.fspath(uri).startswith("s3://")
+
+
+def list_objects(uri: str | Path, *, missing_ok: bool = False) -> Iterator[StoredObject]:
+    """Every object below `uri`, one page in memory at a time, never cached.
+
+    ConfigError where a local folder does not exist, unless `missing_ok`; an S3 prefix without objects is just empty.
+    """
+    place = canonical(uri)
+    if is_remote(place):
+        return map(StoredObject._make, s3.connect().list_objects(place))
+    if missing_ok and not disk.exists(place):
+        return iter(())
+    return map(StoredObject._make, disk.list_objects(place))
+
+
+def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
+    """The object's content.
+
+    With `etag`, exactly of that version, else ImageError `changed`, `gone` or `integrity`; without it, whatever is
+    there, else FileNotFoundError.
+    """
+    place = _object(uri)
+    return s3.connect().read(place, etag) if is_remote(place) else disk.read(place, etag)
+
+
+def read_json(uri: str | Path) -> Any:
+    """The object's content, parsed. StorageError where it is no JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is damaged: {error}") from None
+
+
+def write_bytes(uri: str | Path, content: bytes) -> None:
+    """Write, over what is there. For what may be rewritten: reports, results, hints, models."""
+    place = _object(uri)
+    if is_remote(place):
+        s3.connect().write(place, content)
+    else:
+        disk.write(place, content)
+
+
+def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = None) -> bool:
+    """Write unless the name is taken: the one operation that decides anything.
+
+    `root` is the folder whose `.tmp` a local write goes through (default: the object's own folder); it must be on the
+    same file system. False: somebody wrote the name, perhaps we ourselves before a lost answer; read it and compare.
+    """
+    place = _object(uri)
+    if is_remote(place):
+        return s3.connect().put_if_absent(place, content)
+    return disk.put_if_absent(place, content, join(os.path.dirname(place) if root is None else canonical(root), SCRATCH))
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether there is an object (locally: or a folder) of that name."""
+    place = _object(uri)
+    return s3.connect().exists(place) if is_remote(place) else disk.exists(place)
+
+
+def download_folder(uri: str | Path) -> Path:
+    """A local folder with the objects below `uri`: a local one as it is, a remote one copied once per content.
+
+    FileNotFoundError where there is nothing.
+    """
+    place = canonical(uri)
+    if not is_remote(place):
+        if not os.path.isdir(place):
+            raise FileNotFoundError(f"there is no folder {place}")
+        return Path(place)
+    listing = list(list_objects(place))
+    if not listing:
+        raise FileNotFoundError(f"there is nothing below {place}")
+    content = hashlib.sha256(repr((place, listing)).encode()).hexdigest()[:32]
+    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetpp"
+    final_dir = cache_dir / content
+    if not final_dir.is_dir():
+        arriving_dir = cache_dir / f"{content}.{uuid.uuid4().hex}"
+        try:
+            for found in listing:
+                path = (arriving_dir / found.key).resolve()
+                if not path.is_relative_to(arriving_dir.resolve()):
+                    raise StorageError(f"{place} holds an object with the unsafe name {found.key!r}; remove it")
+                disk.write(str(path), read_bytes(join(place, found.key), found.etag))
+            _rename_if_absent(arriving_dir, final_dir)
+        finally:
+            shutil.rmtree(arriving_dir, ignore_errors=True)
+    return final_dir
+
+
+def upload_folder(folder: str | Path, uri: str | Path, *, last: str | None = None) -> None:
+    """Copy a local folder's files below `uri`; the file named `last` goes last, as the sign that all are there."""
+    keys = sorted((found.key for found in list_objects(folder)), key=lambda key: (key == last, key))
+    for key in keys:
+        write_bytes(join(uri, key), read_bytes(join(folder, key)))
+
+
+def io_threads() -> ThreadPoolExecutor:
+    """Threads for many small objects; the caller closes them."""
+    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="storage")
+
+
+@contextmanager
+def arrow(uri: str | Path) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
+    """(filesystem, path in it) for pyarrow's Parquet readers, whose errors inside the block become StorageError."""
+    place = canonical(uri)
+    try:
+        if is_remote(place):
+            yield s3.connect().arrow_filesystem(place), place.removeprefix("s3://")
+        else:
+            yield pyarrow.fs.LocalFileSystem(), place
+    except FileNotFoundError as error:
+        raise StorageError(f"{place}: a file went missing while it was read: {error}") from error
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise StorageError(f"{place} cannot be read: {error}") from error
+
+
+def _object(uri: str | Path) -> str:
+    text = os.fspath(uri)
+    # Keys are taken as written: canonical() would fold `a//b` and `..` within a key into another key.
+    return text if text.startswith("s3://") or "://" not in text else canonical(text)
+
+
+def _rename_if_absent(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

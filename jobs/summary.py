@@ -1,0 +1,132 @@
+"""A job's result for a person at a terminal: a table or a few lines."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.contract import (
+    EvaluateResult,
+    LevelReport,
+    PredictResult,
+    PruneResult,
+    Score,
+    SynthResult,
+    TrainResult,
+)
+
+
+def show(result: BaseModel, console: Console) -> None:
+    """Print what a job did, and where."""
+    match result:
+        case TrainResult():
+            levels = ", ".join(f"L{level} {iou:.4f}" for level, iou in sorted(result.val_iou.items()))
+            _line(
+                console,
+                "trained",
+                f"{result.run}: {result.epochs} epochs, {result.steps} steps, {result.seconds:.0f} s",
+            )
+            _line(console, "validation IoU", levels)
+            _line(console, "model", f"{result.model_uri} (digest {result.digest[:10]})")
+        case EvaluateResult():
+            console.print(level_table(result.reports))
+            if groups := group_table(result.reports):
+                console.print(groups)
+            _line(console, "model", f"{result.model_uri} (digest {result.digest[:10]})")
+        case PruneResult():
+            if result.choices:
+                console.print(choice_table(result))
+            _line(console, "pruned", f"level L{result.level}: {result.model_uri} (digest {result.digest[:10]})")
+        case PredictResult():
+            _show_predict(result, console)
+        case SynthResult():
+            _line(console, "synthesised", f"{result.num_images} images: {result.data_uri}")
+        case _:
+            console.print_json(result.model_dump_json())
+
+
+def level_table(reports: Sequence[LevelReport], chosen: int | None = None) -> Table:
+    """Quality and cost, one row a level; the row of level `chosen` is marked."""
+    table = Table(title="Quality and cost by level", title_justify="left")
+    for heading in ("level", "IoU", "95 % interval", "Dice", "parameters", "GMAC/MP", "s/MP"):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    if chosen is not None:
+        table.add_column("chosen")
+    for report in reports:
+        is_chosen = report.name == f"L{chosen}"
+        low, high = report.score.mean_iou_interval
+        cells = [
+            report.name,
+            f"{report.score.mean_iou:.4f}",
+            f"{low:.4f} .. {high:.4f}",
+            f"{report.score.mean_dice:.4f}",
+            f"{report.num_parameters:,}",
+            f"{report.gmacs_per_megapixel:.1f}",
+            f"{report.seconds_per_megapixel:.3f}",
+        ]
+        if chosen is not None:
+            cells.append("<- this one" if is_chosen else "")
+        table.add_row(*cells, style="bold" if is_chosen else None)
+    return table
+
+
+def group_table(reports: Sequence[LevelReport]) -> Table | None:
+    """Mean IoU by group, one column a level; None where the set has no groups."""
+    names = list(reports[0].groups) if reports else []
+    if not names:
+        return None
+    table = Table(title="Mean IoU by group", title_justify="left")
+    table.add_column("group")
+    table.add_column("images", justify="right")
+    for report in reports:
+        table.add_column(report.name, justify="right")
+    for name in names:
+        scores: list[Score] = [report.groups[name] for report in reports]
+        table.add_row(escape(name), str(scores[0].num_images), *(f"{score.mean_iou:.4f}" for score in scores))
+    return table
+
+
+def choice_table(result: PruneResult) -> Table:
+    """How each level compares with the best one."""
+    table = Table(title="Levels against the best one", title_justify="left")
+    for heading in ("level", "IoU", "loss to best", "upper bound", "within tolerance"):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    for choice in result.choices:
+        table.add_row(
+            f"L{choice.level}",
+            f"{choice.mean_iou:.4f}",
+            f"{choice.loss_to_best:.4f}",
+            f"{choice.loss_upper_bound:.4f}",
+            "yes" if choice.within_tolerance else "no",
+            style="bold" if choice.level == result.level else None,
+        )
+    return table
+
+
+def counts_line(result: PredictResult) -> str:
+    """`N images -> N rows: ...`, the conservation law in words."""
+    rows = result.num_predicted + result.num_failed + result.num_unchanged
+    return (
+        f"{result.num_listed} images -> {rows} rows: {result.num_predicted} predicted, {result.num_failed} failed, "
+        f"{result.num_unchanged} unchanged"
+    )
+
+
+def _show_predict(result: PredictResult, console: Console) -> None:
+    _line(console, result.status, counts_line(result))
+    for code, number in sorted(result.failures.items()):
+        _line(console, f"  {code}", str(number))
+    if result.message:
+        _line(console, "note", result.message)
+    if result.megapixels and result.seconds:
+        rate = result.megapixels / result.seconds
+        _line(console, "rate", f"{result.megapixels:.1f} megapixels in {result.seconds:.1f} s ({rate:.2f} MP/s)")
+    _line(console, "table", result.table_uri)
+    if result.report_uri:
+        _line(console, "report", result.report_uri)
+
+
+def _line(console: Console, label: str, text: str) -> None:
+    console.print(f"[bold]{escape(label)}[/]  {escape(text)}", highlight=False, soft_wrap=True)

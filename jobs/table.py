@@ -1,0 +1,161 @@
+"""Reading the table of masks: what is done, and the newest row of every image.
+
+`<output>/table` is plain hive-partitioned Parquet: `pyarrow.dataset.dataset(uri, partitioning="hive")`, DuckDB, Polars
+and Spark read it as is. A part is there whole or not at all, so every row that is there counts.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs import sink, storage
+from jobs.manifest import Identities, identity
+from jobs.sink import Footer
+from unetpp.errors import PERMANENT_IMAGE_ERRORS
+
+MAX_ATTEMPTS = 3
+
+_IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
+
+
+class Part(NamedTuple):
+    """One committed shard."""
+
+    uri: str
+    run: str
+    shard: int
+    etag: str
+    size_bytes: int
+
+
+def list_parts(output: str, digest: str, run: str | None = None) -> list[Part]:
+    """The committed parts of a model, or of one of its runs, in the order of run and shard."""
+    root = storage.join(output, "table", sink.model_folder(digest))
+    where = root if run is None else storage.join(root, f"run={run}")
+    parts = []
+    for found in storage.list_objects(where, missing_ok=True):
+        folder, _, name = found.key.rpartition("/")
+        number = name.removeprefix("part-").removesuffix(".parquet")
+        if name.endswith(".parquet") and number.isdecimal():
+            run_id = run or folder.removeprefix("run=")
+            parts.append(Part(storage.join(where, found.key), run_id, int(number), found.etag, found.size_bytes))
+    return sorted(parts, key=lambda part: (part.run, part.shard))
+
+
+def read_footers(parts: Sequence[Part]) -> list[Footer]:
+    """The footer of each part. StorageError where a file is no part."""
+    if not parts:
+        return []
+    with storage.arrow(parts[0].uri) as (filesystem, _), storage.io_threads() as threads:
+
+        def read(part: Part) -> Footer:
+            path = part.uri.removeprefix("s3://")
+            return sink.read_footer(pq.read_metadata(path, filesystem=filesystem), part.uri)
+
+        return list(threads.map(read, parts))
+
+
+def read_rows(parts: Sequence[Part], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of `parts`, in their order."""
+    if not parts:
+        return sink.SCHEMA.empty_table() if columns is None else sink.SCHEMA.empty_table().select(list(columns))
+    with storage.arrow(parts[0].uri) as (filesystem, _):
+        paths = [part.uri.removeprefix("s3://") for part in parts]
+        dataset = pa.dataset.dataset(paths, schema=sink.SCHEMA, format="parquet", filesystem=filesystem)
+        return dataset.to_table(columns=None if columns is None else list(columns))
+
+
+def read_masks(output: str, model: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The newest row of every image (and window) that a model saw, failed ones included, with its `run`.
+
+    Args:
+        output: the output of the runs.
+        model: the model's digest, whole or its first ten digits.
+        columns: columns wanted, of `jobs.sink.SCHEMA`; default: all.
+    """
+    by_run = _by_run(list_parts(storage.canonical(output), model))
+    wanted = list(columns or sink.SCHEMA.names)
+    names = list(dict.fromkeys([*wanted, "source_uri", "key", "window_y", "window_x"]))
+    seen: set[bytes] = set()
+    newest = [sink.SCHEMA.empty_table().select(wanted).append_column("run", pa.array([], pa.string()))]
+    for run in sorted(by_run, reverse=True):
+        rows = read_rows(by_run[run], names)
+        places = rows.select(["source_uri", "key", "window_y", "window_x"]).to_pylist()
+        fresh = []
+        for number, place in enumerate(places):
+            name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
+            if name not in seen:
+                seen.add(name)
+                fresh.append(number)
+        chosen = rows.take(pa.array(fresh, pa.int64())).select(wanted)
+        newest.append(chosen.append_column("run", pa.array([run] * len(fresh), pa.string())))
+    return pa.concat_tables(newest).sort_by([("key", "ascending")] if "key" in wanted else [("run", "ascending")])
+
+
+class Done:
+    """What the newest row of every image version says, in sorted arrays: 16-byte identities, done, attempts."""
+
+    def __init__(self, identities: Identities, done: NDArray[np.bool_], attempts: NDArray[np.int16]) -> None:
+        """`identities` newest first; the first of equal ones counts."""
+        self._identities, first = np.unique(identities, return_index=True)
+        self._done, self._attempts = done[first], attempts[first]
+
+    def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        """(needs nothing now, attempts so far) of each identity; (False, 0) for an unknown one."""
+        if not len(self._identities):
+            return np.zeros(len(identities), bool), np.zeros(len(identities), np.int16)
+        at = np.searchsorted(self._identities, identities).clip(max=len(self._identities) - 1)
+        known = self._identities[at] == identities
+        return known & self._done[at], np.where(known, self._attempts[at], 0).astype(np.int16)
+
+
+def done_before(
+    output: str,
+    digest: str,
+    *,
+    source: str,
+    write: Collection[str],
+    written_by_run: Mapping[str, Collection[str]],
+    waiting: Collection[str] = (),
+) -> Done:
+    """Read what is done of an archive.
+
+    An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
+    that a second try cannot change, or MAX_ATTEMPTS tries behind it.
+
+    Args:
+        output: where the table is.
+        digest: the model's.
+        source: the archive.
+        write: what is wanted now.
+        written_by_run: what each run wrote.
+        waiting: runs whose failed images are not to be tried again now.
+    """
+    by_run = _by_run(list_parts(output, digest))
+    identities, done, attempts = [np.empty(0, "S16")], [np.empty(0, bool)], [np.empty(0, np.int16)]
+    for run in sorted(by_run, reverse=True):
+        rows = read_rows(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"])
+        rows = rows.filter(pa.compute.equal(rows["source_uri"], source)).to_pylist()
+        covers = set(write) <= set(written_by_run.get(run, ()))
+        identities.append(np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"))
+        done.append(np.array([covers and _is_settled(row, run in waiting) for row in rows], bool))
+        attempts.append(np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16))
+    return Done(np.concatenate(identities), np.concatenate(done), np.concatenate(attempts))
+
+
+def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:
+    code, attempts = row["error_code"], row["attempts"]
+    assert isinstance(attempts, int)
+    return code is None or code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting
+
+
+def _by_run(parts: Sequence[Part]) -> dict[str, list[Part]]:
+    by_run: dict[str, list[Part]] = {}
+    for part in parts:
+        by_run.setdefault(part.run, []).append(part)
+    return by_run

@@ -1,0 +1,161 @@
+"""One decoder a file format, each the strictest at hand; `unetpp.images` is the door to them.
+
+Pillow reads every header. Pixels come from libpng (imagecodecs) and libjpeg-turbo with its warnings as errors
+(simplejpeg) where Pillow would fill with black what a PNG's compressed stream leaves out, or pass over damage inside a
+JPEG; both are faster, too. Functions here raise whatever their library raises, besides ImageError.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from unetpp.errors import ImageError
+
+Array = npt.NDArray[Any]
+
+FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+"""The formats that are read, by Pillow's names. Anything else is refused, whatever its file name says."""
+
+MAX_PIXELS: Final = 178_956_970
+"""Default cap on height x width: where Pillow itself begins to refuse an image as a decompression bomb."""
+
+ORIENTATION_TAG: Final = 274
+
+_TURNS: dict[int, Callable[[Array], Array]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image.swapaxes(0, 1)[::-1],
+}
+
+
+def turn(image: Array, orientation: int) -> Array:
+    """The image (HW or HWC) turned as an EXIF or TIFF orientation asks; 1 and unknown values ask for nothing."""
+    return _TURNS[orientation](image) if orientation in _TURNS else image
+
+
+def turned_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """Height and width after `turn`."""
+    return (width, height) if 5 <= orientation <= 8 else (height, width)
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise ImageError for an empty image or one above the cap."""
+    if height < 1 or width < 1:
+        raise ImageError("decode", f"the header says {height} x {width} pixels: there is nothing to decode")
+    if height * width > max_pixels:
+        raise ImageError(
+            "too_large",
+            f"{height} x {width} pixels is more than max_pixels, {max_pixels}; raise it if there is memory enough",
+        )
+
+
+def open_picture(data: bytes, max_pixels: int) -> Image.Image:
+    """A fresh Pillow object with its header read, its format allowed and its size checked.
+
+    Fresh on purpose: after a first load() that raised, a second one on the same object gives half-black pixels.
+    """
+    if not data:
+        raise ImageError("decode", "the file is empty")
+    # Pillow's own cap is global. Raise it to what is allowed here, so that check_size below is the one that decides;
+    # never lower it (another thread may just need it) and never switch it off.
+    if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_size(picture.height, picture.width, max_pixels)
+    return picture
+
+
+def orientation(picture: Image.Image, data: bytes) -> int:
+    """EXIF orientation 1..8. EXIF that cannot be read counts as none, as in every viewer."""
+    try:
+        # PNG getexif() decodes all pixels in search of EXIF behind them: only worth it if there is such a chunk
+        none_behind = picture.format == "PNG" and b"eXIf" not in data
+        exif = Image.Image.getexif(picture) if none_behind else picture.getexif()
+        value = exif.get(ORIENTATION_TAG, 1)
+    except Exception:
+        return 1
+    return value if value in _TURNS else 1
+
+
+def decode_picture(data: bytes, max_pixels: int) -> Array:
+    """HWC pixels of any allowed format but TIFF, turned."""
+    picture = open_picture(data, max_pixels)
+    if picture.format == "PNG":
+        image = _png_pixels(data)
+    elif picture.format in ("JPEG", "MPO"):
+        image = _jpeg_pixels(data, picture)
+    else:
+        _refuse_what_pillow_changes(picture)
+        image = pillow_pixels(picture)
+    if image.shape[:2] != (picture.height, picture.width):
+        raise ImageError("decode", f"header and pixels disagree: {picture.size[::-1]} and {image.shape[:2]}")
+    return turn(image, orientation(picture, data))
+
+
+def pillow_pixels(picture: Image.Image) -> Array:
+    """HWC pixels, 1 or 3 channels, uint8 (uint16 for a 16-bit PGM). Loads the picture, which must be fresh."""
+    mode = picture.mode
+    if mode in ("1", "L", "LA", "La"):
+        return np.asarray(picture.convert("L") if mode == "1" else picture.getchannel(0))[..., None]
+    if mode in ("RGB", "RGBA", "RGBX"):
+        return np.asarray(picture)[..., :3]
+    if mode in ("P", "PA", "CMYK", "YCbCr"):
+        return np.asarray(picture.convert("RGB"))
+    if mode == "I" and picture.format == "PPM":
+        return np.asarray(picture).astype(np.uint16)[..., None]
+    raise ImageError("decode", f"{picture.format} pixels of type {mode} are not supported; convert them to grey or RGB")
+
+
+def _png_pixels(data: bytes) -> Array:
+    if b"IEND\xaeB`\x82" not in data:
+        raise ImageError("decode", "the PNG file is cut short: its end chunk is missing")
+    image = imagecodecs.png_decode(data)
+    image = image.reshape(*image.shape[:2], -1)
+    return image[..., :1] if image.shape[2] <= 2 else image[..., :3]
+
+
+_JPEG_COLORSPACES = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
+
+_JPEG_METADATA = re.compile(r"ICC|JFIF|Adobe|SOS parameters|subsampling level|extraneous bytes before marker 0x(c[0-2]|db|e.|fe)")
+"""What libjpeg says of things beside the pixels, for Pillow to judge. All else means that pixels were made up."""
+
+
+def decode_jpeg_strictly(data: bytes) -> Array | None:
+    """Pixels as stored: grey, RGB or CMYK. ValueError where libjpeg warns about them, None where about metadata."""
+    try:
+        *_, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        return np.asarray(simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLORSPACES.get(colorspace, "RGB")))
+    except ValueError as error:
+        if _JPEG_METADATA.search(str(error)):
+            return None
+        raise
+
+
+def _jpeg_pixels(data: bytes, picture: Image.Image) -> Array:
+    image = decode_jpeg_strictly(data)
+    if image is None or image.shape[2] == 4:  # Pillow knows Adobe's inverted CMYK
+        return pillow_pixels(picture)
+    return image
+
+
+def _refuse_what_pillow_changes(picture: Image.Image) -> None:
+    """Samples that Pillow rescales or cuts to 8 bits, and run lengths that it makes up for when they are damaged."""
+    tile: Any = picture.tile[0] if picture.tile else None  # type: ignore[attr-defined]
+    if picture.format == "BMP" and tile.codec_name == "bmp_rle":
+        raise ImageError("decode", "run-length BMP is not supported: damage in it cannot be seen; convert it to PNG")
+    if picture.format == "PPM":
+        full = 65535 if picture.mode == "I" else 255
+        maxval = tile.args[1] if isinstance(tile.args, tuple) else full
+        if maxval != full:
+            raise ImageError("decode", f"PPM with values up to {maxval} is not supported; convert it to PNG or TIFF")

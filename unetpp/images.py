@@ -1,0 +1,152 @@
+"""Bytes to `image_HWC` arrays and `mask_HW` arrays to PNG bytes. Opens no file and no URI.
+
+What an array holds, whatever the file format:
+
+| in the file                              | in the array                                                      |
+|------------------------------------------|-------------------------------------------------------------------|
+| 1, 2 or 4 bits of grey                   | uint8, stretched to 0..255                                        |
+| 8 bits                                   | uint8, as they are                                                |
+| 12 or 16 bits                            | uint16, as they are (a 12-bit file holds 0..4095)                 |
+| float, signed or 32-bit integers (TIFF)  | float32, the same numbers; refused where float32 cannot hold them |
+| grey; colour                             | 1 channel; 3 channels, RGB                                        |
+| palette, YCbCr, CMYK                     | RGB, uint8                                                        |
+| alpha                                    | dropped; colours are neither multiplied nor divided by it         |
+| MinIsWhite                               | inverted, so that light is high                                   |
+| EXIF or TIFF orientation                 | applied                                                           |
+| several pages or frames                  | the first                                                         |
+
+A file that is damaged, cut short, unknown or larger than the cap raises ImageError and nothing else: an image is whole
+or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in GIF,
+WebP and uncompressed files a changed byte can still go unseen.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from unetpp.decoders import (
+    FORMATS,
+    MAX_PIXELS,
+    decode_picture,
+    open_picture,
+    orientation,
+    turn,
+    turned_size,
+)
+from unetpp.errors import ImageError
+from unetpp.tiff import decode_tiff, is_tiff, tiff_size
+
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.uint8]
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Array:
+    """The image in `data`: HWC with 1 or 3 channels, uint8, uint16 or float32, contiguous, writable.
+
+    Raises ImageError: `too_large` when height x width is above `max_pixels` (checked on the header, before any pixel
+    is decoded) or memory runs out, `decode` for everything else.
+    """
+    with _failures_as_image_errors():
+        image = decode_tiff(data, max_pixels) if is_tiff(data) else decode_picture(data, max_pixels)
+        return np.require(image, requirements=["C", "W", "O"])
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width that `decode_image` would give, from the header alone; raises ImageError as it does."""
+    with _failures_as_image_errors():
+        if is_tiff(data):
+            return tiff_size(data, max_pixels)
+        picture = open_picture(data, max_pixels)
+        return turned_size(picture.height, picture.width, orientation(picture, data))
+
+
+def to_channels(image_HWC: Array, num_channels: int) -> Array:
+    """The image with `num_channels` channels, in its own type.
+
+    Grey becomes RGB by repetition, RGB becomes grey by ITU-R BT.601 luma (0.299, 0.587, 0.114), rounded for integers;
+    so grey -> RGB -> grey is the identity. Raises ImageError for any other pair.
+    """
+    have = image_HWC.shape[2]
+    if have == num_channels:
+        return image_HWC
+    if have == 1 and num_channels == 3:
+        return np.repeat(image_HWC, 3, axis=2)
+    if have == 3 and num_channels == 1:
+        luma = (image_HWC.astype(np.float64) @ np.array([299.0, 587.0, 114.0]) / 1000)[..., None]
+        return (luma if image_HWC.dtype.kind == "f" else np.rint(luma)).astype(image_HWC.dtype)
+    raise ImageError("decode", f"the image has {have} channels and the model wants {num_channels}")
+
+
+def encode_mask(mask_HW: Mask, num_classes: int = 1) -> bytes:
+    """PNG bytes of a mask of class ids; the same mask gives the same bytes.
+
+    With `num_classes` 1 the mask is 0 or 1 and becomes 8-bit grey, 0 and 255, that any viewer shows. With more, ids
+    0..num_classes-1 become the indices of a palette whose colour 0 is black.
+    """
+    assert mask_HW.ndim == 2 and mask_HW.dtype == np.uint8, (mask_HW.shape, mask_HW.dtype)
+    assert mask_HW.max() < max(num_classes, 2), (mask_HW.max(), num_classes)
+    if num_classes == 1:
+        return bytes(imagecodecs.png_encode(mask_HW * np.uint8(255), level=4, filter=0))
+    picture = Image.fromarray(mask_HW, mode="L")
+    picture.putpalette(_palette(num_classes))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=4, bits=8)
+    return buffer.getvalue()
+
+
+def decode_mask(data: bytes, num_classes: int = 1, *, max_pixels: int = MAX_PIXELS) -> Mask:
+    """Class ids `mask_HW`, uint8, from an image file of labels: the inverse of `encode_mask`, and a bit more.
+
+    With `num_classes` 1 every pixel that is not 0 in some channel is foreground, 1. With more, ids are a palette
+    file's indices or a grey file's values. Raises ImageError as `decode_image` does, and when an id is too high.
+    """
+    image = decode_image(data, max_pixels=max_pixels)
+    if num_classes == 1:
+        return image.any(axis=2).astype(np.uint8)
+    ids = image[..., 0] if image.shape[2] == 1 else _palette_indices(data, max_pixels)
+    if ids.dtype.kind == "f" or ids.max() >= num_classes:
+        raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}, this mask goes up to {ids.max()}")
+    return np.ascontiguousarray(ids, dtype=np.uint8)
+
+
+def _palette_indices(data: bytes, max_pixels: int) -> Array:
+    """Indices of a palette file that the strict decoders have already found whole: they give its colours only."""
+    with _failures_as_image_errors():
+        picture = open_picture(data, max_pixels)
+        if picture.mode != "P":
+            raise ImageError("decode", "a mask of several classes must be a grey or palette image, not RGB")
+        indices = np.asarray(picture)
+        return indices if is_tiff(data) else turn(indices, orientation(picture, data))  # Pillow has turned a TIFF
+
+
+def _palette(num_classes: int) -> bytes:
+    """RGB of every class id: black, then hues a golden angle apart, so that neighbours differ."""
+    hue = (np.arange(num_classes) * 0.618033988749895) % 1.0 * 6.0
+    rgb = np.stack([np.abs(hue - 3) - 1, 2 - np.abs(hue - 2), 2 - np.abs(hue - 4)], axis=1)
+    colours = np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+    colours[0] = 0
+    return colours.tobytes()
+
+
+@contextmanager
+def _failures_as_image_errors() -> Iterator[None]:
+    """The boundary of this module: decoders fail in many ways on bad bytes, callers see one."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("decode", f"no {', '.join(FORMATS)} file, or its header is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", " ".join(str(error).split())) from error
+    except MemoryError as error:
+        raise ImageError("too_large", "decoding it needs more memory than there is") from error
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise ImageError("decode", f"the image is damaged or unsupported: {type(error).__name__}: {text}") from error

@@ -1,0 +1,176 @@
+"""Images in, masks out: cut, batch, engine, stitch. The only home of the modes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unetpp import tiles
+from unetpp.checkpoint import digest, from_pretrained
+from unetpp.config import Level, ModelConfig
+from unetpp.engines import Engine, Mode, TileStats, TorchEngine, decide, probabilities, scale
+from unetpp.errors import ConfigError
+from unetpp.images import to_channels
+from unetpp.model import UNetPlusPlus
+from unetpp.prune import prune
+
+EngineName = Literal["torch"]
+Image = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The mask of one image.
+
+    mask_HW: class ids, uint8, the image's own size. uncertainty: 0 (sure of every pixel) .. 1 (a coin for each).
+    finite: False when the network gave NaN or infinity: the mask is then worthless. degraded: what was reduced to fit
+    into memory, None for nothing.
+    """
+
+    mask_HW: NDArray[np.uint8]
+    uncertainty: float
+    finite: bool
+    degraded: str | None = None
+
+
+class Predictor:
+    """Segments images of any size: uint8, uint16 or float32, HW or HWC, sizes mixed."""
+
+    def __init__(self, engine: Engine, config: ModelConfig, *, digest: str, tile_px: int = 512) -> None:
+        self.engine = engine
+        self.config = config
+        self.digest = digest
+        self.tile_px = tile_px
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: Path | str,
+        mode: Mode = "fast",
+        level: Level | None = None,
+        engine: EngineName = "torch",
+        tile_px: int = 512,
+        device: str = "cpu",
+    ) -> Self:
+        """Load a model folder, pruned to `level` (default: its deepest).
+
+        ModelError for a folder that is no model; ConfigError for a level without a head, or accurate mode with one head.
+        """
+        model = from_pretrained(model_dir, level, keep_heads=mode == "accurate")
+        config = model.config
+        if mode == "accurate" and config.head_levels != tuple(range(1, config.level + 1)):
+            raise ConfigError(
+                f"accurate mode averages the heads of every level, this model has heads {list(config.head_levels)} only; "
+                "take the unpruned model, or mode fast"
+            )
+        if mode == "fast" and len(config.head_levels) > 1:
+            model = prune(model, config.level)
+        return cls(
+            TorchEngine(model, mode, device),
+            model.config,
+            digest=digest(model, mode=mode, precision="f32"),
+            tile_px=tile_px,
+        )
+
+    @property
+    def level(self) -> Level:
+        """The level whose nodes are computed."""
+        return self.config.level
+
+    @property
+    def num_classes(self) -> int:
+        """1 for binary masks, else the number of classes, background included."""
+        return self.config.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the network reads; images are adapted to it."""
+        return self.config.in_channels
+
+    def __call__(self, images: Sequence[Image]) -> list[NDArray[np.uint8]]:
+        """Masks of class ids, uint8 HW, each of its image's size."""
+        return [prediction.mask_HW for prediction in self.predict(images)]
+
+    def predict(self, images: Sequence[Image]) -> list[Prediction]:
+        """Masks with their uncertainty. Tiles of one shape share forwards where the engine gains from it."""
+        padded = [_prepare(image, self.config) for image in images]
+        plans = [_plan(image.shape[:2], self.config, self.tile_px) for image in images]
+        cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
+        stats: list[list[tuple[TileStats, int]]] = [[] for _ in plans]
+        for members in self._batches(padded, plans):
+            tiles_BHWC = np.stack([tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members])
+            first = plans[members[0][0]].tiles[members[0][1]]
+            masks_BHW, tile_stats = self.engine(tiles_BHWC, first.core_slices)
+            for (n, t), mask_HW, tile_stat in zip(members, masks_BHW, tile_stats, strict=True):
+                cores[n][t] = mask_HW
+                stats[n].append((tile_stat, mask_HW.size))
+        return [
+            _prediction(plan, image_cores, image_stats)
+            for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
+        ]
+
+    def _batches(
+        self, padded: Sequence[Image], plans: Sequence[tiles.TilePlan]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """(image, tile) numbers, at most `batch_tiles` of one shape, core and pixel type at a time."""
+        alike: dict[object, list[tuple[int, int]]] = {}
+        for n, plan in enumerate(plans):
+            for t, tile in enumerate(plan.tiles):
+                rows, columns = tile.core_slices
+                kind = (tile.shape, rows.start, columns.start, tile.core.height, tile.core.width, padded[n].dtype)
+                members = alike.setdefault(kind, [])
+                members.append((n, t))
+                if len(members) == self.engine.batch_tiles:
+                    yield alike.pop(kind)
+        yield from alike.values()
+
+
+def _prediction(
+    plan: tiles.TilePlan, cores: list[NDArray[np.uint8] | None], stats: list[tuple[TileStats, int]]
+) -> Prediction:
+    mask_HW = tiles.stitch(plan, (core for core in cores if core is not None))
+    margin = sum(stat.margin * num_px for stat, num_px in stats) / sum(num_px for _, num_px in stats)
+    return Prediction(mask_HW.astype(np.uint8, copy=False), 1.0 - margin, all(stat.finite for stat, _ in stats))
+
+
+@torch.inference_mode()
+def masks_by_level(model: UNetPlusPlus, image: Image, *, tile_px: int = 512) -> dict[str, NDArray[np.uint8]]:
+    """The masks of every head (`L1`..`L4`) and, with several heads, of accurate mode, in one pass over `image`.
+
+    For measuring: one forward serves all levels. The model is used as it is, on its own device.
+    """
+    device = next(model.parameters()).device
+    padded_HWC = _prepare(image, model.config)
+    plan = _plan(image.shape[:2], model.config, tile_px)
+    cores: dict[str, list[NDArray[np.uint8]]] = {}
+    for tile in plan.tiles:
+        tile_1HWC = torch.from_numpy(np.array(tiles.cut(padded_HWC, tile))[None]).to(device)
+        logits = model(scale(tile_1HWC, model.config))
+        heads = {f"L{level}": probabilities(head[:, :, *tile.core_slices]) for level, head in logits.items()}
+        if len(heads) > 1:
+            heads["accurate"] = torch.stack(list(heads.values())).mean(0)
+        for name, probability_1KHW in heads.items():
+            cores.setdefault(name, []).append(decide(probability_1KHW)[0][0].cpu().numpy())
+    return {name: tiles.stitch(plan, level_cores).astype(np.uint8, copy=False) for name, level_cores in cores.items()}
+
+
+def _prepare(image: Image, config: ModelConfig) -> Image:
+    """HW or HWC -> HWC with the model's channels, padded."""
+    image_HWC = image[..., None] if image.ndim == 2 else image
+    return tiles.pad(to_channels(image_HWC, config.in_channels), config.pad_multiple)
+
+
+def _plan(size: tuple[int, int], config: ModelConfig, tile_px: int) -> tiles.TilePlan:
+    height, width = size
+    return tiles.plan_tiles(
+        height,
+        width,
+        tile_px=tile_px,
+        stride=config.stride,
+        halo_px=config.halo_px,
+        pad_multiple=config.pad_multiple,
+    )
