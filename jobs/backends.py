@@ -1,5 +1,6 @@
 """Two ways to take a run's shards through `jobs.shard.Worker`: in this process, or on Ray."""
 
+import logging
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Gene
         import ray.exceptions
 
         compute, per_actor = _pool(ray, len(shards), num_workers, num_cpus)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -43,13 +45,10 @@ def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Gene
         with warnings.catch_warnings():
             # Restarts can only be bounded through the keywords that Ray deprecates; its default is for ever.
             warnings.simplefilter("ignore")
+            limits: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_TASK_RETRIES}
+            actor: Any = ShardActor
             footers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                ShardActor,
-                fn_constructor_args=(task,),
-                compute=compute,
-                max_restarts=MAX_RESTARTS,
-                max_task_retries=MAX_TASK_RETRIES,
-                **per_actor,
+                actor, fn_constructor_args=(task,), compute=compute, **per_actor, **limits
             )
         try:
             for answer in footers.iter_rows():
@@ -63,7 +62,7 @@ def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Gene
             ) from error
 
 
-def _pool(ray: Any, num_shards: int, num_workers: int | None, num_cpus: int) -> tuple[Any, dict[str, int]]:
+def _pool(ray: Any, num_shards: int, num_workers: int | None, num_cpus: int) -> tuple[Any, dict[str, Any]]:
     """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry."""
     resources = ray.cluster_resources()
     num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -76,7 +75,7 @@ def _pool(ray: Any, num_shards: int, num_workers: int | None, num_cpus: int) -> 
 
 
 class ShardActor:
-    """A Worker in an actor of Ray. Errors that stop the run come back as data, so that none loses its type on the way."""
+    """A Worker in an actor of Ray. Errors that stop the run come back as data: none loses its type on the way."""
 
     def __init__(self, task: Task) -> None:
         self._worker = Worker(task)

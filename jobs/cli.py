@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from pydantic import BaseModel
 
+from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
 from jobs.contract import EvaluateConfig, ExitCode, PredictConfig, PruneConfig, SynthConfig, TrainConfig
 
@@ -34,14 +35,16 @@ def run_command_line(job: str | None = None, words: list[str] | None = None) -> 
     return run_app(app, words if job is None else [job, *words])
 
 
-def main(job: str | None = None) -> NoReturn:
-    """Be the process of `unetpp`, or of one job."""
-    sys.exit(run_command_line(job))
+def main() -> NoReturn:
+    """Be the process of `unetpp`."""
+    logs.configure()
+    sys.exit(run_command_line())
 
 
 def run_job(job: str) -> NoReturn:
     """Be the process of `python -m jobs.<job>`."""
-    main(job)
+    logs.configure()
+    sys.exit(run_command_line(job))
 
 
 def _run(job: str, config: BaseModel) -> int:

@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 
-from jobs import logs
 from jobs.config_file import load_config, write_yaml
 from jobs.config_schema import Leaf, leaves, placeholder, schema_of
 from jobs.contract import ExitCode
@@ -64,7 +63,6 @@ def run_app(app: App, words: Iterable[str] | None = None) -> int:
 
     A mistake of the caller is a sentence on stderr; only what nobody foresaw shows a traceback.
     """
-    logs.configure()
     try:
         code = app(words, exit_on_error=False, print_error=False)
         return int(code) if isinstance(code, int) else int(ExitCode.DONE)

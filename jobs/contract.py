@@ -161,7 +161,9 @@ class EvaluateResult(Frozen):
     tile_px: int
     reports: tuple[LevelReport, ...]
     image_ids: tuple[str, ...]
-    image_iou: dict[str, tuple[float, ...]] = Field(description="per-image IoU by report name, in the order of image_ids")
+    image_iou: dict[str, tuple[float, ...]] = Field(
+        description="per-image IoU by report name, in the order of image_ids"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ prune
@@ -229,8 +231,12 @@ class PredictOptions(Frozen):
         ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
-    num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: one a GPU, or one a core")
-    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of an engine; default: 1 with Ray, all cores inline")
+    num_workers: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="actors; default: one a GPU, or one a core"
+    )
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads of an engine; default: 1 with Ray, all cores inline"
+    )
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")

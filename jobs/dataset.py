@@ -71,7 +71,9 @@ def open_labelled_set(uri: str) -> LabelledSet:
     listing = {entry.key: entry.etag for entry in storage.list_objects(uri)}
     images, masks = _by_id(uri, listing, "images"), _by_id(uri, listing, "masks")
     if not images:
-        raise ConfigError(f"{uri} holds no images/: a labelled data set is a folder with images/, masks/ and splits.csv")
+        raise ConfigError(
+            f"{uri} holds no images/: a labelled data set is a folder with images/, masks/ and splits.csv"
+        )
     rows = _read_splits(uri) if "splits.csv" in listing else {id_: {"split": _hashed_split(id_)} for id_ in images}
     for what, ids, where in (("mask", masks, "masks/"), ("row", rows, "splits.csv")):
         lacking = sorted(images.keys() - ids.keys())
@@ -133,9 +135,7 @@ def load(samples: Sequence[Sample], model: ModelConfig) -> list[LabelledImage]:
 def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
     uri = sample.image_uri
     try:
-        image_HWC = to_channels(
-            decode_image(storage.read_bytes(uri), max_pixels=MAX_PIXELS), model.in_channels
-        )
+        image_HWC = to_channels(decode_image(storage.read_bytes(uri), max_pixels=MAX_PIXELS), model.in_channels)
         uri = sample.mask_uri
         target_HW = decode_mask(storage.read_bytes(uri))
     except ImageError as error:
@@ -209,7 +209,8 @@ class CropSampler:
             x_BHWC = torch.from_numpy(np.stack([image for image, _ in crops]))
             return x_BHWC.permute(0, 3, 1, 2), torch.from_numpy(np.stack([target for _, target in crops]))
 
-        with ThreadPoolExecutor(1) as pool:
+        # A second team of OpenMP threads would only wait in the way of the one that trains.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead = pool.submit(make, 0)
             for step in range(num_steps):
                 batch = ahead.result()

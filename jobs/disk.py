@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ _ADVICE = {
     errno.ENOTSUP: "the file system has no hard links, which commits need; choose another folder",
     errno.EIO: "the disk fails to read or write: check it",
     errno.ENOTDIR: "a file is where a folder is wanted: choose another folder, or move the file",
+    errno.EEXIST: "a file is where a folder is wanted: choose another folder, or move the file",
     errno.ESTALE: "the network file system went away: mount it again",
 }
 
@@ -108,6 +110,14 @@ def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
                 os.unlink(temporary)
         _sync_folder(folder)
     return True
+
+
+def sweep(scratch_dir: str, older_than_s: float) -> None:
+    """Remove what killed processes left in a scratch folder."""
+    with contextlib.suppress(OSError), os.scandir(scratch_dir) as entries:
+        for entry in entries:
+            if time.time() - entry.stat().st_mtime > older_than_s:
+                os.unlink(entry.path)
 
 
 def exists(path: str) -> bool:

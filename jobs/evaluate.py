@@ -183,7 +183,9 @@ def frontier_png(reports: Sequence[LevelReport]) -> bytes:
         )  # fmt: skip
         axes.annotate(report.name, (cost, mean), textcoords="offset points", xytext=(8, 4 if accurate else -12))
     levels = [report for report in reports if report.name != "accurate"]
-    axes.plot([r.seconds_per_megapixel for r in levels], [r.score.mean_iou for r in levels], "-", color="tab:blue", lw=1)
+    axes.plot(
+        [r.seconds_per_megapixel for r in levels], [r.score.mean_iou for r in levels], "-", color="tab:blue", lw=1
+    )
     axes.set_xlabel("seconds per megapixel, torch engine, this machine")
     axes.set_ylabel("mean IoU over images, 95 % interval")
     axes.set_xlim(left=0)

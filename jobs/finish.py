@@ -57,6 +57,7 @@ def seal(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
         ],
     }
     storage.put_if_absent(success_uri, json.dumps(success, indent=2).encode(), root=archive.output_uri)
+    storage.sweep_scratch(archive.output_uri)
     return result
 
 
@@ -80,4 +81,5 @@ def _check_identity(record: RunRecord, parts: list[table.Part], footers: list[si
             raise ConfigError(f"{part.uri} is not of run {record.run} (it says {footer.identity}); move it away")
     missing = sorted(set(range(record.num_shards)) - {part.shard for part in parts})
     if missing:
-        raise StorageError(f"run {record.run}: {len(missing)} part(s) are missing, the first is {sink.part_name(missing[0])}")
+        first = sink.part_name(missing[0])
+        raise StorageError(f"run {record.run}: {len(missing)} part(s) are missing from the table, the first is {first}")

@@ -20,7 +20,7 @@ from jobs.progress import Progress, interruptible
 from jobs.runs import Archive, Opening, RunRecord, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
-from unetpp.errors import UnetppError
+from unetpp.errors import ConfigError, UnetppError
 from unetpp.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def run(config: PredictConfig) -> PredictResult:
         with interruptible():
             result = call.work()
     except KeyboardInterrupt:
-        result = call.stopped("interrupted", int(ExitCode.INTERRUPTED), "interrupted; the same command goes on from here")
+        sentence = "interrupted; the same command goes on from here"
+        result = call.stopped("interrupted", int(ExitCode.INTERRUPTED), sentence)
     except UnetppError as error:
         failed = call.stopped("failed", exit_code(error), str(error))
         with contextlib.suppress(UnetppError):  # the first error is the one to tell
@@ -64,6 +65,11 @@ class _Call:
         """Resume what is unfinished, then open one run of what is new."""
         config = self._config
         source_uri, output_uri = storage.canonical(config.input), storage.canonical(config.output)
+        if f"{output_uri}/".startswith(f"{source_uri}/"):
+            raise ConfigError(
+                f"the output {output_uri} lies inside the input {source_uri}: masks would be listed as images; "
+                "choose an output beside it"
+            )
         predictor = load_predictor(storage.canonical(config.model), config, config.threads)
         archive = self._archive = Archive(source_uri, output_uri, predictor.digest, config)
         while True:
@@ -129,7 +135,8 @@ class _Call:
             int(ExitCode.DONE_WITH_FAILED_IMAGES if failed and not self._config.partial_ok else ExitCode.DONE),
             num_unchanged=num_unchanged,
         )
-        check_law(", ".join(result.runs), result.num_listed, result.num_predicted, result.num_failed, num_unchanged)
+        if len(self._sealed) > 1:
+            check_law(", ".join(result.runs), result.num_listed, result.num_predicted, result.num_failed, num_unchanged)
         return result
 
     def stopped(self, status: Literal["interrupted", "failed"], exit_code: int, message: str) -> PredictResult:
@@ -152,7 +159,7 @@ class _Call:
         message: str = "",
         footers: Sequence[Footer] = (),
     ) -> PredictResult:
-        counted = [*self._sealed, *footers]
+        counted: list[PredictResult | Footer] = [*self._sealed, *footers]
         failures: Counter[str] = Counter()
         for each in counted:
             failures.update(each.failures)
@@ -187,6 +194,6 @@ def _write_result(config: PredictConfig, result: PredictResult) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from jobs.cli import run_job
 
-    main("predict")
+    run_job("predict")

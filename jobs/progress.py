@@ -29,13 +29,14 @@ class Progress:
         self._num_before, self._num_failed = num_done, 0
         self._started = self._logged = time.monotonic()
         self._bar = _bar() if sys.stderr.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task(run, total=num_images, completed=num_done, failed=0)
+        if self._bar is not None:
+            self._task = self._bar.add_task(run, total=num_images, completed=num_done, failed=0)
 
     def advance(self, footer: Footer) -> None:
         """One more shard is committed."""
         self.num_done += footer.num_predicted + footer.num_failed
         self._num_failed += footer.num_failed
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=self.num_done, failed=self._num_failed)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()

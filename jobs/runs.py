@@ -11,7 +11,7 @@ import shlex
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -141,8 +141,8 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             )
         if not plan.num_shards:
             return Unchanged(plan.num_listed)
-        if (record := _open(archive, run, plan)) is not None:
-            return Opening(record, is_ours=True)
+        if (opened := _open(archive, run, plan)) is not None:
+            return Opening(opened, is_ours=True)
 
 
 def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
@@ -160,7 +160,7 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
         num_images=len(plan.table),
         num_listed=plan.num_listed,
         num_unchanged=plan.num_unchanged,
-        opened_at=datetime.now(timezone.utc),
+        opened_at=datetime.now(UTC),
         config=archive.config.model_dump(mode="json"),
     )
     storage.put_if_absent(archive.run_uri(run, record.manifest), content, root=archive.output_uri)

@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
 import pyarrow.fs
 import stamina
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionClosedError,
     ConnectionError,
     CredentialRetrievalError,
     EndpointConnectionError,
@@ -39,7 +41,7 @@ Answer = TypeVar("Answer")
 CONNECT_TIMEOUT_S, STALL_TIMEOUT_S = 5, 60
 NUM_CONNECTIONS = 32
 
-_CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+_CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _TRANSPORT_ERRORS = (
     ConnectionError,
     HTTPClientError,
@@ -74,7 +76,7 @@ class S3:
         self._has_answered = False
 
     def list_objects(self, uri: str) -> Iterator[tuple[str, str, int]]:
-        """(key below the prefix `uri`, etag, size in bytes), in the order of the keys' UTF-8 bytes, a page at a time."""
+        """(key below the prefix `uri`, etag, size in bytes), in the order of the keys' bytes, a page at a time."""
         bucket, prefix = split(uri)
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         more: dict[str, str] = {}
@@ -95,8 +97,11 @@ class S3:
 
         async def get() -> bytes:
             response = await self._client._call_s3("get_object", Bucket=bucket, Key=key, **version)
-            async with response["Body"] as body:
-                content: bytes = await body.read()
+            try:
+                async with response["Body"] as body:
+                    content: bytes = await body.read()
+            except (aiohttp.ClientError, RuntimeError) as error:  # aiohttp's for a body that ends early
+                raise ConnectionClosedError(endpoint_url=uri) from error
             return content
 
         try:
@@ -110,7 +115,7 @@ class S3:
                 raise ImageError("gone", f"{uri} was deleted after it was listed") from None
             raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
         except FlexibleChecksumError as error:
-            raise ImageError("integrity", f"{uri} arrives with another checksum than it was stored with: {error}") from None
+            raise ImageError("integrity", f"{uri} arrives with another checksum than it has: {error}") from None
 
     def write(self, uri: str, content: bytes) -> None:
         """Write the object, over what is there."""
@@ -180,7 +185,7 @@ class S3:
             raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
 
     def _retried(self, uri: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Run `call` on the client's loop. _Refused where the store answers no; StorageError where it does not answer."""
+        """Run `call` on the client's loop. _Refused where the store says no; StorageError where it says nothing."""
         # An endpoint that never answered is a wrong address more often than an outage: say so within seconds.
         attempts = 9 if self._has_answered else 4
         try:
@@ -218,13 +223,8 @@ class _Refused(Exception):
 
 
 def _say_retry(details: RetryDetails) -> None:
-    logger.info(
-        "try %d failed (%s: %s), next in %.1f s",
-        details.retry_num,
-        type(details.caused_by).__name__,
-        details.caused_by,
-        details.wait_for,
-    )
+    logger.info("%s: next try in %.1f s", type(details.caused_by).__name__, details.wait_for)
+    logger.debug("%s", details.caused_by)
 
 
 set_on_retry_hooks([_say_retry])
@@ -253,10 +253,10 @@ def _storage_error(uri: str, endpoint: str, refused: _Refused) -> StorageError:
         return StorageError(f"{endpoint} refuses {uri} since this machine's clock is wrong ({said}): set the clock")
     if refused.status in (401, 403):
         return StorageError(
-            f"{endpoint} forbids access to {uri} ({said}): check the credentials, and that they may list, read and write there"
+            f"{endpoint} forbids access to {uri} ({said}): check the credentials, and what they may read and write"
         )
     if refused.status >= 500 or refused.status in (409, 429):
-        return StorageError(f"{endpoint} kept failing for {uri} ({said}): try again once the store is well; nothing is lost")
+        return StorageError(f"{endpoint} kept failing for {uri} ({said}): try again when it is well; nothing is lost")
     return StorageError(f"{endpoint} refuses {uri} ({said})")
 
 
@@ -267,9 +267,9 @@ def _no_answer(uri: str, error: Exception) -> Exception:
         case ProfileNotFound():
             return ConfigError(f"{error}: correct AWS_PROFILE, or add the profile to the AWS config file")
         case EndpointConnectionError():
+            address = urlsplit(error.kwargs.get("endpoint_url", ""))
             return StorageError(
-                f"no answer from {error.kwargs.get('endpoint_url', 'the endpoint').split('?')[0]} (for {uri}): check "
-                "AWS_ENDPOINT_URL and the network"
+                f"no answer from {address.scheme}://{address.netloc} (for {uri}): check AWS_ENDPOINT_URL and the network"
             )
         case ValueError():
             return ConfigError(f"{uri}: {error}; check AWS_ENDPOINT_URL and the bucket's name")

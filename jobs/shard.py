@@ -107,7 +107,7 @@ def _predict(predictor: Predictor, batch: list[Item]) -> Iterator[Outcome]:
     failure: ImageError | None = None
     try:
         predictions = iter(predictor.predict(images) if images else ())
-    except Exception as error:  # noqa: BLE001  (the guard of a row: whatever one image does, the others go on)
+    except Exception as error:  # the guard of a row: whatever one image does, the others go on
         if len(batch) > 1:
             for item in batch:
                 yield from _predict(predictor, [item])
@@ -122,8 +122,8 @@ def _predict(predictor: Predictor, batch: list[Item]) -> Iterator[Outcome]:
         if prediction.finite:
             yield Outcome(item.row, prediction, None, item.seconds + seconds)
         else:
-            error = ImageError("numeric", "the network gave NaN or infinity for this image")
-            yield Outcome(item.row, None, error, item.seconds + seconds)
+            numeric = ImageError("numeric", "the network gave NaN or infinity for this image")
+            yield Outcome(item.row, None, numeric, item.seconds + seconds)
 
 
 def write_shard(

@@ -110,7 +110,7 @@ def png_key(key: str, window: tuple[int, int] | None = None) -> str:
     length; it occurs nowhere else.
     """
     *folders, name = [_component(part) for part in key.split("/")]
-    # A folder never ends in .png and a whole image's name never looks like a window's: no file meets a folder or a window.
+    # A folder never ends in .png, and a whole image's name never looks like a window's: no two things meet in one name.
     folders = [re.sub(r"\.png$", "%2Epng", folder) for folder in folders]
     if window is None:
         name = re.sub(r"\.(y\d+_x\d+)$", r"%2E\1", name)

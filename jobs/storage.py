@@ -118,7 +118,14 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
     place = _object(uri)
     if is_remote(place):
         return s3.connect().put_if_absent(place, content)
-    return disk.put_if_absent(place, content, join(os.path.dirname(place) if root is None else canonical(root), SCRATCH))
+    folder = os.path.dirname(place) if root is None else canonical(root)
+    return disk.put_if_absent(place, content, join(folder, SCRATCH))
+
+
+def sweep_scratch(root: str | Path) -> None:
+    """Remove day-old leftovers of killed writers below a local `root`."""
+    if not is_remote(place := canonical(root)):
+        disk.sweep(join(place, SCRATCH), older_than_s=86_400)
 
 
 def exists(uri: str | Path) -> bool:

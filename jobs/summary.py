@@ -47,29 +47,44 @@ def show(result: BaseModel, console: Console) -> None:
             console.print_json(result.model_dump_json())
 
 
-def level_table(reports: Sequence[LevelReport], chosen: int | None = None) -> Table:
-    """Quality and cost, one row a level; the row of level `chosen` is marked."""
-    table = Table(title="Quality and cost by level", title_justify="left")
-    for heading in ("level", "IoU", "95 % interval", "Dice", "parameters", "GMAC/MP", "s/MP"):
-        table.add_column(heading, justify="left" if heading == "level" else "right")
-    if chosen is not None:
-        table.add_column("chosen")
+def level_table(reports: Sequence[LevelReport]) -> Table:
+    """Quality and cost, one row a level."""
+    table = _table(
+        "Quality and cost by level", "level", "IoU", "95 % interval", "Dice", "parameters", "GMAC/MP", "s/MP"
+    )
     for report in reports:
-        is_chosen = report.name == f"L{chosen}"
-        low, high = report.score.mean_iou_interval
-        cells = [
+        table.add_row(
             report.name,
             f"{report.score.mean_iou:.4f}",
-            f"{low:.4f} .. {high:.4f}",
+            interval(report),
             f"{report.score.mean_dice:.4f}",
             f"{report.num_parameters:,}",
             f"{report.gmacs_per_megapixel:.1f}",
             f"{report.seconds_per_megapixel:.3f}",
-        ]
-        if chosen is not None:
-            cells.append("<- this one" if is_chosen else "")
-        table.add_row(*cells, style="bold" if is_chosen else None)
+        )
     return table
+
+
+def chosen_table(reports: Sequence[LevelReport], level: int) -> Table:
+    """Validation quality and cost, one row a level, with the chosen one marked."""
+    table = _table("Levels on the validation split", "level", "IoU", "95 % interval", "parameters", "s/MP", "chosen")
+    for report in reports:
+        is_chosen = report.name == f"L{level}"
+        table.add_row(
+            report.name,
+            f"{report.score.mean_iou:.4f}",
+            interval(report),
+            f"{report.num_parameters:,}",
+            f"{report.seconds_per_megapixel:.3f}",
+            "yes" if is_chosen else "",
+            style="bold" if is_chosen else None,
+        )
+    return table
+
+
+def interval(report: LevelReport) -> str:
+    """`low .. high` of the mean IoU."""
+    return "{:.4f} .. {:.4f}".format(*report.score.mean_iou_interval)
 
 
 def group_table(reports: Sequence[LevelReport]) -> Table | None:
@@ -77,11 +92,7 @@ def group_table(reports: Sequence[LevelReport]) -> Table | None:
     names = list(reports[0].groups) if reports else []
     if not names:
         return None
-    table = Table(title="Mean IoU by group", title_justify="left")
-    table.add_column("group")
-    table.add_column("images", justify="right")
-    for report in reports:
-        table.add_column(report.name, justify="right")
+    table = _table("Mean IoU by group", "group", "images", *(report.name for report in reports))
     for name in names:
         scores: list[Score] = [report.groups[name] for report in reports]
         table.add_row(escape(name), str(scores[0].num_images), *(f"{score.mean_iou:.4f}" for score in scores))
@@ -90,9 +101,7 @@ def group_table(reports: Sequence[LevelReport]) -> Table | None:
 
 def choice_table(result: PruneResult) -> Table:
     """How each level compares with the best one."""
-    table = Table(title="Levels against the best one", title_justify="left")
-    for heading in ("level", "IoU", "loss to best", "upper bound", "within tolerance"):
-        table.add_column(heading, justify="left" if heading == "level" else "right")
+    table = _table("Levels against the best one", "level", "IoU", "loss to best", "upper bound", "within tolerance")
     for choice in result.choices:
         table.add_row(
             f"L{choice.level}",
@@ -126,6 +135,14 @@ def _show_predict(result: PredictResult, console: Console) -> None:
     _line(console, "table", result.table_uri)
     if result.report_uri:
         _line(console, "report", result.report_uri)
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _line(console: Console, label: str, text: str) -> None:

@@ -4,7 +4,7 @@
 and Spark read it as is. A part is there whole or not at all, so every row that is there counts.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from unetpp.errors import PERMANENT_IMAGE_ERRORS
 
 MAX_ATTEMPTS = 3
 
+_PLACE = ["source_uri", "key", "window_y", "window_x"]
 _IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
 
 
@@ -60,18 +61,23 @@ def read_footers(parts: Sequence[Part]) -> list[Footer]:
         return list(threads.map(read, parts))
 
 
-def read_rows(parts: Sequence[Part], columns: Sequence[str] | None = None) -> pa.Table:
+def scan(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of `parts`, in their order, a batch in memory at a time."""
+    if parts:
+        with storage.arrow(parts[0].uri) as (filesystem, _):
+            paths = [part.uri.removeprefix("s3://") for part in parts]
+            dataset = pa.dataset.dataset(paths, schema=sink.SCHEMA, format="parquet", filesystem=filesystem)
+            yield from dataset.to_batches(columns=list(columns))
+
+
+def read_rows(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
     """The rows of `parts`, in their order."""
-    if not parts:
-        return sink.SCHEMA.empty_table() if columns is None else sink.SCHEMA.empty_table().select(list(columns))
-    with storage.arrow(parts[0].uri) as (filesystem, _):
-        paths = [part.uri.removeprefix("s3://") for part in parts]
-        dataset = pa.dataset.dataset(paths, schema=sink.SCHEMA, format="parquet", filesystem=filesystem)
-        return dataset.to_table(columns=None if columns is None else list(columns))
+    schema = pa.schema([sink.SCHEMA.field(name) for name in columns])
+    return pa.Table.from_batches(scan(parts, columns), schema)
 
 
 def read_masks(output: str, model: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The newest row of every image (and window) that a model saw, failed ones included, with its `run`.
+    """The newest row of every image (and window) that a model saw, failed ones included, with its `run`; newest first.
 
     Args:
         output: the output of the runs.
@@ -80,21 +86,20 @@ def read_masks(output: str, model: str, columns: Sequence[str] | None = None) ->
     """
     by_run = _by_run(list_parts(storage.canonical(output), model))
     wanted = list(columns or sink.SCHEMA.names)
-    names = list(dict.fromkeys([*wanted, "source_uri", "key", "window_y", "window_x"]))
+    names = list(dict.fromkeys([*wanted, *_PLACE]))
     seen: set[bytes] = set()
-    newest = [sink.SCHEMA.empty_table().select(wanted).append_column("run", pa.array([], pa.string()))]
+    newest = [read_rows([], wanted).append_column("run", pa.array([], pa.string()))]
     for run in sorted(by_run, reverse=True):
-        rows = read_rows(by_run[run], names)
-        places = rows.select(["source_uri", "key", "window_y", "window_x"]).to_pylist()
-        fresh = []
-        for number, place in enumerate(places):
-            name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
-            if name not in seen:
-                seen.add(name)
-                fresh.append(number)
-        chosen = rows.take(pa.array(fresh, pa.int64())).select(wanted)
-        newest.append(chosen.append_column("run", pa.array([run] * len(fresh), pa.string())))
-    return pa.concat_tables(newest).sort_by([("key", "ascending")] if "key" in wanted else [("run", "ascending")])
+        for batch in scan(by_run[run], names):
+            fresh = []
+            for number, place in enumerate(batch.select(_PLACE).to_pylist()):
+                name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
+                if name not in seen:
+                    seen.add(name)
+                    fresh.append(number)
+            chosen = pa.Table.from_batches([batch.take(pa.array(fresh, pa.int64()))]).select(wanted)
+            newest.append(chosen.append_column("run", pa.array([run] * len(fresh), pa.string())))
+    return pa.concat_tables(newest)
 
 
 class Done:
@@ -139,12 +144,12 @@ def done_before(
     by_run = _by_run(list_parts(output, digest))
     identities, done, attempts = [np.empty(0, "S16")], [np.empty(0, bool)], [np.empty(0, np.int16)]
     for run in sorted(by_run, reverse=True):
-        rows = read_rows(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"])
-        rows = rows.filter(pa.compute.equal(rows["source_uri"], source)).to_pylist()
         covers = set(write) <= set(written_by_run.get(run, ()))
-        identities.append(np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"))
-        done.append(np.array([covers and _is_settled(row, run in waiting) for row in rows], bool))
-        attempts.append(np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16))
+        for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"]):
+            rows = [row for row in batch.to_pylist() if row["source_uri"] == source]
+            identities.append(np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"))
+            done.append(np.array([covers and _is_settled(row, run in waiting) for row in rows], bool))
+            attempts.append(np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16))
     return Done(np.concatenate(identities), np.concatenate(done), np.concatenate(attempts))
 
 

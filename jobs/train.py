@@ -12,10 +12,8 @@ A run is named after the fingerprints of its config and its data: the same call 
 import logging
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,19 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import WorkerGroupError
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 from torch.optim.swa_utils import AveragedModel
 
 from jobs import storage
 from jobs.cluster import local_ray
 from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_labelled_set
+from jobs.training import Progress, TrainingState, logged
 from unetpp.checkpoint import Pretrained, digest, save_pretrained
 from unetpp.engines import keep_freed_memory
-from unetpp.errors import ConfigError, UnetppError
-from unetpp.loss import deep_supervision_loss
+from unetpp.errors import UnetppError
 from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import masks_by_level
@@ -45,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
 MAX_WORKER_FAILURES = 3
-PROGRESS_S = 30
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -63,7 +60,13 @@ def run(config: TrainConfig) -> TrainResult:
     val = load(labelled.split(config.val_split), config.model)
     CropSampler(train, config)  # refuses groups that do not fit before anything is started
     steps_per_epoch = config.steps_per_epoch or max(1, len(train) // config.batch_size)
-    logger.info("%s: %d training and %d validation images, %d steps", name, len(train), len(val), config.epochs * steps_per_epoch)
+    logger.info(
+        "%s: %d training and %d validation images, %d steps",
+        name,
+        len(train),
+        len(val),
+        config.epochs * steps_per_epoch,
+    )
     with local_ray(num_cpus=config.num_workers * _threads(config)):
         fitted = _fit(config, run_uri, train, val, steps_per_epoch)
         model_uri = storage.join(run_uri, "model")
@@ -106,7 +109,9 @@ def _fit(
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1 if use_gpu else _threads(config)}
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1 if use_gpu else _threads(config)},
         ),
         run_config=RunConfig(
             name="checkpoints",
@@ -121,98 +126,13 @@ def _fit(
         ),
     )
     try:
-        with _logged(news):
+        with logged(news):
             return trainer.fit()
     except WorkerGroupError as error:
         ours = [cause for cause in error.worker_failures.values() if isinstance(cause, UnetppError)]
         if ours:
             raise ours[0] from None
         raise
-
-
-@contextmanager
-def _logged(news: Queue) -> Iterator[None]:
-    """Log what the workers tell, while the block runs."""
-    over = threading.Event()
-
-    def listen() -> None:
-        while True:
-            try:
-                logger.info(news.get(timeout=1))
-            except Empty:
-                if over.is_set():
-                    return
-
-    listener = threading.Thread(target=listen, name="training progress")
-    listener.start()
-    try:
-        yield
-    finally:
-        over.set()
-        listener.join()
-        news.shutdown()
-
-
-class TrainingState:
-    """What an epoch changes and a checkpoint holds: weights, their moving average, optimiser, schedule."""
-
-    def __init__(self, config: TrainConfig, num_steps: int, device: torch.device) -> None:
-        torch.manual_seed(config.seed)
-        model = UNetPlusPlus(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = AveragedModel(model, avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
-        self.model = prepare_model(model)
-        self.optimiser = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, _warm_up_and_cosine(config.warmup_steps, num_steps))
-        self.parts: dict[str, Any] = {
-            "model": model,
-            "average": self.average,
-            "optimiser": self.optimiser,
-            "schedule": self.schedule,
-        }
-
-    def save(self, path: Path, epoch: int) -> None:
-        """Write everything that the next epoch starts from."""
-        torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in self.parts.items()}}, path)
-
-    def restore(self, path: Path, device: torch.device) -> int:
-        """Read it back and return the next epoch."""
-        saved = torch.load(path, map_location=device, weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        return int(saved["epoch"]) + 1
-
-    def step(self, x_BCHW: torch.Tensor, target_BHW: torch.Tensor, head_weights: dict[int, float] | None) -> float:
-        """One optimiser step; the loss. ConfigError when it is not finite."""
-        loss = deep_supervision_loss(self.model(x_BCHW), target_BHW, head_weights)
-        if not loss.isfinite():
-            raise ConfigError(f"the loss became {loss.item()}; lower learning_rate, or look for broken values in the data")
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        self.schedule.step()
-        self.average.update_parameters(self.parts["model"])
-        return loss.item()
-
-
-def _warmed_up_average(decay: float) -> Any:
-    """Exponential moving average whose early steps forget the random start faster."""
-
-    def average(averaged: torch.Tensor, current: torch.Tensor, num_averaged: torch.Tensor | int) -> torch.Tensor:
-        n = float(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        return torch.lerp(averaged, current, weight) if averaged.is_floating_point() else current
-
-    return average
-
-
-def _warm_up_and_cosine(warmup_steps: int, num_steps: int) -> Any:
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-        return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, progress)))))
-
-    return factor
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -239,7 +159,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         for x_BCHW, target_BHW in sampler.batches(epoch, steps_per_epoch, rank, world_size):
             losses.append(state.step(x_BCHW.to(device), target_BHW.to(device), config.head_weights))
             progress.step(epoch, losses)
-        val_iou = _validate(state.average.module, val[rank::world_size], len(val), world_size)
+        val_iou = _validate(state.averaged, val[rank::world_size], len(val), world_size)
         metrics = {
             "epoch": epoch,
             "loss": sum(losses) / len(losses),
@@ -251,9 +171,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         _report(state, metrics, rank)
 
 
-def _validate(model: torch.nn.Module, images: Sequence[LabelledImage], num_images: int, world_size: int) -> dict[str, float]:
+def _validate(
+    model: UNetPlusPlus, images: Sequence[LabelledImage], num_images: int, world_size: int
+) -> dict[str, float]:
     """Mean per-image IoU of every level and of accurate mode, over the images of all workers."""
-    assert isinstance(model, UNetPlusPlus)
     model.eval()
     names = [f"L{level}" for level in model.config.head_levels]
     names += ["accurate"] if len(names) > 1 else []
@@ -276,38 +197,6 @@ def _report(state: TrainingState, metrics: dict[str, Any], rank: int) -> None:
             state.save(Path(checkpoint_dir) / STATE, metrics["epoch"])
             checkpoint = Checkpoint.from_directory(checkpoint_dir)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{metrics['epoch']:04d}")
-
-
-class Progress:
-    """Sentences for the driver's log: one an epoch, and one now and then between. Silent without a channel."""
-
-    def __init__(self, news: Queue | None, num_epochs: int, steps_per_epoch: int) -> None:
-        self.news = news
-        self.num_epochs = num_epochs
-        self.steps_per_epoch = steps_per_epoch
-        self._told = time.monotonic()
-
-    def step(self, epoch: int, losses: list[float]) -> None:
-        """Say how far the epoch is, at most every PROGRESS_S seconds."""
-        if self.news is not None and time.monotonic() - self._told > PROGRESS_S:
-            recent = losses[-20:]
-            self._tell(
-                f"epoch {epoch + 1}/{self.num_epochs}  step {len(losses)}/{self.steps_per_epoch}  "
-                f"loss {sum(recent) / len(recent):.4f}"
-            )
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        """Say how the epoch ended."""
-        levels = "  ".join(f"{name} {value:.4f}" for name, value in metrics["val_iou"].items())
-        self._tell(
-            f"epoch {metrics['epoch'] + 1}/{self.num_epochs}  loss {metrics['loss']:.4f}  val IoU {levels}  "
-            f"{metrics['seconds']:.0f} s"
-        )
-
-    def _tell(self, sentence: str) -> None:
-        self._told = time.monotonic()
-        if self.news is not None:
-            self.news.put(sentence)
 
 
 def _export(

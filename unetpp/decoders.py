@@ -69,7 +69,7 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("decode", "the file is empty")
     # Pillow's own cap is global. Raise it to what is allowed here, so that check_size below is the one that decides;
     # never lower it (another thread may just need it) and never switch it off.
-    if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < max_pixels:
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
     check_size(picture.height, picture.width, max_pixels)
@@ -127,7 +127,9 @@ def _png_pixels(data: bytes) -> Array:
 
 _JPEG_COLORSPACES = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
 
-_JPEG_METADATA = re.compile(r"ICC|JFIF|Adobe|SOS parameters|subsampling level|extraneous bytes before marker 0x(c[0-2]|db|e.|fe)")
+_JPEG_METADATA = re.compile(
+    r"ICC|JFIF|Adobe|SOS parameters|subsampling level|extraneous bytes before marker 0x(c[0-2]|db|e.|fe)"
+)
 """What libjpeg says of things beside the pixels, for Pillow to judge. All else means that pixels were made up."""
 
 

@@ -16,8 +16,8 @@ What an array holds, whatever the file format:
 | several pages or frames                  | the first                                                         |
 
 A file that is damaged, cut short, unknown or larger than the cap raises ImageError and nothing else: an image is whole
-or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in GIF,
-WebP and uncompressed files a changed byte can still go unseen.
+or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in
+GIF, WebP, LZW and uncompressed files a changed byte can still go unseen.
 """
 
 import io
@@ -83,13 +83,18 @@ def to_channels(image_HWC: Array, num_channels: int) -> Array:
     raise ImageError("decode", f"the image has {have} channels and the model wants {num_channels}")
 
 
+def encode_image(image_HWC: Array) -> bytes:
+    """PNG bytes of an image of 1 or 3 channels, uint8 or uint16; the same image gives the same bytes."""
+    return bytes(imagecodecs.png_encode(image_HWC, level=4))
+
+
 def encode_mask(mask_HW: Mask, num_classes: int = 1) -> bytes:
     """PNG bytes of a mask of class ids; the same mask gives the same bytes.
 
     With `num_classes` 1 the mask is 0 or 1 and becomes 8-bit grey, 0 and 255, that any viewer shows. With more, ids
     0..num_classes-1 become the indices of a palette whose colour 0 is black.
     """
-    assert mask_HW.ndim == 2 and mask_HW.dtype == np.uint8, (mask_HW.shape, mask_HW.dtype)
+    assert (mask_HW.ndim, mask_HW.dtype) == (2, np.uint8), (mask_HW.shape, mask_HW.dtype)
     assert mask_HW.max() < max(num_classes, 2), (mask_HW.max(), num_classes)
     if num_classes == 1:
         return bytes(imagecodecs.png_encode(mask_HW * np.uint8(255), level=4, filter=0))
@@ -108,7 +113,7 @@ def decode_mask(data: bytes, num_classes: int = 1, *, max_pixels: int = MAX_PIXE
     """
     image = decode_image(data, max_pixels=max_pixels)
     if num_classes == 1:
-        return image.any(axis=2).astype(np.uint8)
+        return np.asarray(image.any(axis=2), dtype=np.uint8)
     ids = image[..., 0] if image.shape[2] == 1 else _palette_indices(data, max_pixels)
     if ids.dtype.kind == "f" or ids.max() >= num_classes:
         raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}, this mask goes up to {ids.max()}")

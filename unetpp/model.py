@@ -67,7 +67,9 @@ class UNetPlusPlus(nn.Module):
                     in_channels = j * filters[i] + lifted
                     self.ups[node_name(i, j)] = _upsampler(filters[i + 1], filters[i], config.upsample)
                 self.nodes[node_name(i, j)] = Node(in_channels, filters[i], config.norm)
-        self.heads = nn.ModuleDict({str(level): nn.Conv2d(filters[0], config.num_classes, 1) for level in config.head_levels})
+        self.heads = nn.ModuleDict(
+            {str(level): nn.Conv2d(filters[0], config.num_classes, 1) for level in config.head_levels}
+        )
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor

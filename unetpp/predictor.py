@@ -113,9 +113,7 @@ class Predictor:
             for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
         ]
 
-    def _batches(
-        self, padded: Sequence[Image], plans: Sequence[tiles.TilePlan]
-    ) -> Iterator[list[tuple[int, int]]]:
+    def _batches(self, padded: Sequence[Image], plans: Sequence[tiles.TilePlan]) -> Iterator[list[tuple[int, int]]]:
         """(image, tile) numbers, at most `batch_tiles` of one shape, core and pixel type at a time."""
         alike: dict[object, list[tuple[int, int]]] = {}
         for n, plan in enumerate(plans):

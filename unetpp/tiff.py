@@ -14,6 +14,7 @@ import tifffile
 from PIL import TiffImagePlugin
 
 from unetpp.decoders import (
+    MAX_PIXELS,
     ORIENTATION_TAG,
     check_size,
     decode_jpeg_strictly,
@@ -44,6 +45,8 @@ def decode_tiff(data: bytes, max_pixels: int) -> Array:
     page = _first_page(data)
     if page is not None:
         check_size(page.imagelength, page.imagewidth, max_pixels)
+        if page.is_tiled:  # a tile may be larger than its image
+            check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
         if _is_plain(page):
             return _plain_pixels(page, len(data))
         if page.compression in _FAX_COMPRESSION:

@@ -105,8 +105,9 @@ def plan_tiles(height: int, width: int, *, tile_px: int, stride: int, halo_px: i
             f"tile_px is {tile_px}, but this model pads images to multiples of {pad_multiple}; "
             f"take a tile_px that is a multiple of {pad_multiple}"
         )
-    assert height >= 1 and width >= 1, (height, width)
-    assert pad_multiple % stride == 0 and halo_px % stride == 0, (pad_multiple, stride, halo_px)
+    assert min(height, width) >= 1, (height, width)
+    assert pad_multiple % stride == 0, (pad_multiple, stride)
+    assert halo_px % stride == 0, (halo_px, stride)
     padded_height, padded_width = _round_up(height, pad_multiple), _round_up(width, pad_multiple)
     rows = _spans(padded_height, tile_px, halo_px)
     columns = _spans(padded_width, tile_px, halo_px)

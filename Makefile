@@ -1,0 +1,59 @@
+# make setup   the virtual environment .venv, with the exact versions of constraints.txt
+# make demo    a whole night in minutes: synthetic images, or DATA=<folder with images/, masks/, splits.csv>
+# make test    the tests; ARGS='-k tiles' picks some
+# make check   format, lint, types and import contracts
+# Each does its own set-up, on a machine with Python 3.11 or later and make.
+
+.PHONY: setup demo test check format constraints clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first Python that is new enough and can make a virtual environment.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "No Python 3.11 or later with venv was found: install it (Debian: python3.11-venv), or say PYTHON=path" >&2; exit 1; }
+	@echo "Installing into $(VENV): some minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The demo is the nightly flow with a small model; everything it makes is under demo/.
+NIGHT := demo/$(if $(DATA),$(notdir $(abspath $(DATA))),synthetic)
+LABELLED := $(if $(DATA),$(DATA),$(NIGHT)/data)
+
+demo: $(STAMP) $(if $(DATA),,$(NIGHT)/data/splits.csv)
+	@$(BIN)/python -m flows.nightly --config infra/recipes/demo.yaml \
+		--data $(LABELLED) --input $(LABELLED)/images \
+		--models $(NIGHT)/models --work $(NIGHT)/work --output $(NIGHT)/output
+
+demo/synthetic/data/splits.csv: | $(STAMP)
+	@$(BIN)/unetpp synth --out $(@D) --num 160 --seed 1
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+constraints: $(STAMP)
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,22 @@
+"""Segment what is new in an archive with the current model: `python -m flows.archive --config F`."""
+
+import flows.embedded  # noqa: F401  before Prefect is imported
+
+from prefect import flow
+
+from flows import publish, stages
+from flows.command import main
+from flows.config import ArchiveFlowConfig
+from jobs.contract import PredictResult
+
+
+@flow(name="archive")
+def archive(config: ArchiveFlowConfig) -> PredictResult:
+    """Predict what is new and publish the counts."""
+    predicted = stages.predict_stage(config)
+    publish.publish_archive(predicted)
+    return predicted
+
+
+if __name__ == "__main__":
+    main("flows.archive", ArchiveFlowConfig, lambda config: publish.show(None, archive(config)))

@@ -1,0 +1,27 @@
+"""Train where the labelled set is new, and publish the model if it is not worse: `python -m flows.train --config F`."""
+
+import flows.embedded  # noqa: F401  before Prefect is imported
+
+from prefect import flow
+
+from flows import publish, stages
+from flows.command import main
+from flows.config import TrainFlowConfig
+from flows.publish import TrainOutcome
+
+
+@flow(name="train")
+def train(config: TrainFlowConfig) -> TrainOutcome:
+    """Train, measure every level, prune by tolerance, gate; whatever was done for this labelled set is not repeated."""
+    labelled = stages.labelled_fingerprint(config.data)
+    trained = stages.train_stage(config, labelled)
+    measured = stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest)
+    pruned = stages.prune_stage(config, labelled, trained)
+    gate = stages.gate_stage(config, labelled, measured, pruned)
+    outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate)
+    publish.publish_levels(outcome)
+    return outcome
+
+
+if __name__ == "__main__":
+    main("flows.train", TrainFlowConfig, lambda config: publish.show(train(config), None))

@@ -1,0 +1,234 @@
+"""A run as one HTML file that opens offline: counts, failures by cause, throughput, overlays to look at, the levels."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from itertools import accumulate
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from jobs import overlays, storage, table
+from jobs.contract import PredictResult
+from jobs.models import fetch_model
+from jobs.runs import Archive, RunRecord
+from jobs.sink import Footer
+from jobs.table import Part
+from unetpp.checkpoint import LevelScore, read_pretrained
+from unetpp.errors import ImageError, UnetppError
+from unetpp.images import decode_image, decode_mask
+
+logger = logging.getLogger(__name__)
+
+NUM_RANDOM, NUM_UNSURE, NUM_KEYS = 9, 3, 200
+PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 560.0, 220.0, 44.0
+
+MEANINGS = {
+    "decode": "damaged, cut short, or no image format that is read; trying again cannot help",
+    "too_large": "more pixels than max_pixels",
+    "archive": "an archive member that cannot be read",
+    "numeric": "the network gave NaN or infinity",
+    "gone": "deleted between listing and reading; tried again by the next run",
+    "changed": "replaced between listing and reading; tried again by the next run",
+    "integrity": "arrived with a wrong checksum; tried again by the next run",
+    "crash": "predicting it failed; tried again by the next run",
+    "timeout": "took too long; tried again by the next run",
+}
+
+
+class Overlay(NamedTuple):
+    """One picture of the report."""
+
+    key: str
+    size: str
+    foreground: float
+    uncertainty: float
+    image_uri: str
+    outline_uri: str
+
+
+class Failures(NamedTuple):
+    """The failed images of one cause; at most NUM_KEYS of them by name."""
+
+    code: str
+    meaning: str
+    num_images: int
+    examples: list[tuple[str, str]]
+
+
+class Point(NamedTuple):
+    """A point of a plot, in the pixels of its SVG, with the text that it shows."""
+
+    x: float
+    y: float
+    text: str
+    low_y: float = 0.0
+    high_y: float = 0.0
+    is_chosen: bool = False
+
+
+class Plot(NamedTuple):
+    """Points and axis ticks (position, label) of a plot."""
+
+    points: list[Point]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def write_report(
+    archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], result: PredictResult
+) -> None:
+    """Write `report.html` of a run whose parts are all committed."""
+    storage.write_bytes(
+        archive.run_uri(record.run, "report.html"), render(archive, record, parts, footers, result).encode()
+    )
+
+
+def render(
+    archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], result: PredictResult
+) -> str:
+    """The report's HTML. The sample is drawn by the manifest's hash: the same run shows the same pictures."""
+    rows = table.read_rows(parts, ["key", "etag", "error_code", "error", "uncertainty", "level"])
+    rng = np.random.default_rng(int(record.manifest_sha256[:16], 16))
+    predicted = np.flatnonzero(pa.compute.is_null(rows["error_code"]).to_numpy(zero_copy_only=False))
+    random = rng.choice(predicted, min(NUM_RANDOM, len(predicted)), replace=False)
+    uncertainty = rows["uncertainty"].to_numpy(zero_copy_only=False)
+    unsure = predicted[np.argsort(-uncertainty[predicted], kind="stable")][:NUM_UNSURE]
+    level = rows["level"][0].as_py()
+    first = min(footer.committed_at - footer.seconds for footer in footers)
+    last = max(footer.committed_at for footer in footers)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        resources.files("jobs").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        record=record,
+        result=result,
+        level=level,
+        mode=archive.config.mode,
+        model_uri=storage.canonical(archive.config.model),
+        output_uri=archive.output_uri,
+        started=_clock(first),
+        ended=_clock(last),
+        images_per_second=len(rows) / max(last - first, 1e-9),
+        megapixels_per_second=result.megapixels / max(last - first, 1e-9),
+        failures=_failures(rows),
+        samples=_overlays(archive, parts, footers, sorted(random.tolist())),
+        unsure=_overlays(archive, parts, footers, unsure.tolist()),
+        throughput=_throughput(footers, first, last),
+        levels=_levels(archive, "accurate" if archive.config.mode == "accurate" else f"L{level}"),
+        plot_width=PLOT_WIDTH,
+        plot_height=PLOT_HEIGHT,
+        plot_margin=PLOT_MARGIN,
+    )
+
+
+def _failures(rows: pa.Table) -> list[Failures]:
+    failed = rows.filter(pa.compute.is_valid(rows["error_code"])).select(["error_code", "key", "error"]).to_pylist()
+    counts = Counter(row["error_code"] for row in failed)
+    return [
+        Failures(
+            code,
+            MEANINGS.get(code, ""),
+            number,
+            [(row["key"], row["error"]) for row in failed if row["error_code"] == code][:NUM_KEYS],
+        )
+        for code, number in counts.most_common()
+    ]
+
+
+def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]) -> list[Overlay]:
+    """Overlays of the rows numbered `chosen` over all parts; images that cannot be read any more are left out."""
+    ends = list(accumulate(footer.num_predicted + footer.num_failed for footer in footers))
+    shown = []
+    for number in chosen:
+        part = int(np.searchsorted(ends, number, side="right"))
+        offset = number - (ends[part - 1] if part else 0)
+        columns = ["key", "etag", "mask_png", "class_pixels", "uncertainty", "height", "width"]
+        row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
+        try:
+            content = storage.read_bytes(storage.join(archive.source_uri, row["key"]), row["etag"])
+            picture = overlays.thumbnail(decode_image(content, max_pixels=archive.config.max_pixels))
+        except ImageError as error:
+            logger.info("the report leaves %s out: %s", row["key"], error.detail)
+            continue
+        num_counted = len(row["class_pixels"])
+        mask_HW = decode_mask(row["mask_png"], 1 if num_counted == 2 else num_counted)
+        shown.append(
+            Overlay(
+                key=row["key"],
+                size=f"{row['height']} x {row['width']}",
+                foreground=1 - row["class_pixels"][0] / sum(row["class_pixels"]),
+                uncertainty=row["uncertainty"],
+                image_uri=overlays.as_data_uri(picture),
+                outline_uri=overlays.as_data_uri(overlays.outline(mask_HW, picture.size)),
+            )
+        )
+    return shown
+
+
+def _throughput(footers: Sequence[Footer], first: float, last: float) -> Plot:
+    """Images done over time, a point a commit."""
+    ordered = sorted(footers, key=lambda footer: footer.committed_at)
+    num_images = sum(footer.num_predicted + footer.num_failed for footer in footers)
+    points, done = [Point(_across(0.0), _up(0.0), "start")], 0
+    for footer in ordered:
+        done += footer.num_predicted + footer.num_failed
+        elapsed = footer.committed_at - first
+        x, y = _across(elapsed / max(last - first, 1e-9)), _up(done / max(num_images, 1))
+        points.append(Point(x, y, f"shard {footer.shard}: {done} images after {_duration(elapsed)}"))
+    x_ticks = [(_across(part / 4), _duration((last - first) * part / 4)) for part in range(5)]
+    y_ticks = [(_up(part / 2), f"{num_images * part / 2:.0f}") for part in range(3)]
+    return Plot(points, x_ticks, y_ticks)
+
+
+def _levels(archive: Archive, chosen: str) -> tuple[Plot, dict[str, LevelScore]] | None:
+    """Quality against cost of the levels that the model's card has scores of; None where it has none."""
+    try:
+        scores = read_pretrained(fetch_model(storage.canonical(archive.config.model))).scores
+    except UnetppError as error:
+        logger.info("the report has no levels: %s", error)
+        return None
+    if not scores:
+        return None
+    costs = [score.seconds_per_megapixel for score in scores.values()]
+    low = min(score.mean_iou_interval[0] for score in scores.values())
+    high = max(score.mean_iou_interval[1] for score in scores.values())
+    room = max(high - low, 1e-3) * 0.1
+    low, high = low - room, high + room
+    points = [
+        Point(
+            _across(score.seconds_per_megapixel / max(costs) * 0.92),
+            _up((score.mean_iou - low) / (high - low)),
+            name,
+            _up((score.mean_iou_interval[0] - low) / (high - low)),
+            _up((score.mean_iou_interval[1] - low) / (high - low)),
+            name == chosen,
+        )
+        for name, score in scores.items()
+    ]
+    x_ticks = [(_across(part / 4 * 0.92), f"{max(costs) * part / 4:.2f}") for part in range(5)]
+    y_ticks = [(_up(part / 3), f"{low + (high - low) * part / 3:.3f}") for part in range(4)]
+    return Plot(points, x_ticks, y_ticks), dict(scores)
+
+
+def _across(fraction: float) -> float:
+    return round(PLOT_MARGIN + fraction * (PLOT_WIDTH - PLOT_MARGIN - 16), 1)
+
+
+def _up(fraction: float) -> float:
+    return round(PLOT_HEIGHT - 28 - fraction * (PLOT_HEIGHT - 28 - 12), 1)
+
+
+def _clock(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,295 @@
+"""What tests of all rooms share: a real S3 server, a tiny model, an archive of images, a private Ray."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a test without credentials waits for a cloud that is not there
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of data sets beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not there")
+    return SHARED
+
+
+# --------------------------------------------------------------------------------------------------- S3
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SeaweedFS of this session on loopback: the AWS_* variables that lead to it, with buckets `archive` and `output`."""
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    port, *others = _free_ports(5)
+    _write_s3_accounts(folder / "accounts.json")
+    services = zip(("master", "filer", "volume", "admin"), others, strict=True)
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "weed"),
+        "-logtostderr=true",
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-admin.ui=false",
+        "-webdav=false",
+        f"-s3.port={port}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        *(f"-{service}.port={number}" for service, number in services),
+        f"-s3.config={folder / 'accounts.json'}",
+        "-bucket=archive,output",
+    ]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
+    try:
+        _wait_until_answering(f"http://127.0.0.1:{port}", server, folder / "log")
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+            "AWS_SECRET_ACCESS_KEY": "canary-secret-of-the-tests",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        server.kill()  # its data is temporary, and a gentle end takes it more than ten seconds
+        server.wait()
+
+
+def _write_s3_accounts(path: Path) -> None:
+    credentials = [{"accessKey": "key-of-the-tests", "secretKey": "canary-secret-of-the-tests"}]
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    path.write_text(
+        json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": everything}]})
+    )
+
+
+def _free_ports(number: int) -> list[int]:
+    """Ports that are free together with the one 10000 above, where SeaweedFS puts gRPC."""
+    found: list[int] = []
+    while len(found) < number:
+        port = random.SystemRandom().randrange(20_000, 45_000)
+        if port not in found and all(_is_free(candidate) for candidate in (port, port + 10_000)):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _wait_until_answering(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url, timeout=5)
+        except urllib.error.HTTPError:
+            return  # 403: it is there, and wants credentials
+        except OSError:
+            assert server.poll() is None, f"SeaweedFS ended:\n{log.read_text()[-2000:]}"
+            time.sleep(0.2)
+    raise AssertionError(f"SeaweedFS does not answer:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """AWS_* of this process lead to the test's S3 server."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**s3_server, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_prefix(s3_environment: dict[str, str]) -> str:
+    """An empty prefix in the test's S3 server."""
+    return f"s3://archive/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to store things, once a local folder and once an S3 prefix."""
+    if request.param == "s3":
+        prefix: str = request.getfixturevalue("s3_prefix")
+        return prefix
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return str(folder)
+
+
+@pytest.fixture
+def no_secret_in(s3_server: dict[str, str]) -> Callable[[str], None]:
+    """Function: asserts that a text does not hold the S3 server's secret."""
+
+    def check(text: str) -> None:
+        assert s3_server["AWS_SECRET_ACCESS_KEY"] not in text
+
+    return check
+
+
+class FlakyServer:
+    """An HTTP server that gives the answers it is told, then `200 OK`, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[bytes] = []
+        self.last = b"HTTP/1.1 200 OK\r\nETag: \"tag\"\r\nContent-Length: 7\r\n\r\ncontent"
+        self.requests: list[str] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                asked = connection.recv(65536).decode("latin-1")
+                self.requests.append(asked.split("\r\n")[0])
+                answer = self.answers.pop(0) if self.answers else self.last
+                connection.sendall(answer.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+@pytest.fixture
+def flaky_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    """AWS_* of this process lead to a server that fails as told."""
+    server = FlakyServer()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
+
+
+# ------------------------------------------------------------------------------------------ model and images
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a seeded, untrained L2 model with heads at L1 and L2, three channels, binary."""
+    import torch
+
+    from unetpp.checkpoint import save_pretrained
+    from unetpp.config import ModelConfig
+    from unetpp.model import UNetPlusPlus
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        save_pretrained(UNetPlusPlus(ModelConfig(level=2, filters=(4, 6, 8))), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 12 good images: sizes, channels, types and formats mixed, in subfolders, with odd names."""
+    folder = tmp_path_factory.mktemp("archive")
+    rng = np.random.default_rng(3)
+    for number, name in enumerate(
+        ["a.png", "b.PNG", "c d.png", "e%2Ff.png", "g+h.png", "plate 1/w1.png", "plate 1/w2.jpg", "plate 1/é.tif"]
+        + ["deep/er/x.png", "deep/er/x.png.png", "deep/.hidden.png", "~tilde~.png"]
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = 17 + 9 * number, 70 - 3 * number
+        if name.endswith("é.tif"):
+            Image.fromarray(rng.integers(0, 65535, (height, width), np.uint16)).save(path)
+        else:
+            channels = 3 if number % 2 else 1
+            pixels = rng.integers(0, 255, (height, width, channels), np.uint8)
+            Image.fromarray(pixels.squeeze() if channels == 1 else pixels).save(path)
+    (folder / "notes.txt").write_text("no image, not asked for")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- Ray
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: dict[str, str]) -> Iterator[None]:
+    """A private Ray of this session with 4 logical CPUs, whose workers reach the test's S3 server."""
+    import ray
+
+    from jobs.cluster import local_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**s3_server, "RAY_AUTH_MODE": "disabled"}.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with local_ray(4):
+            yield
+        assert not ray.is_initialized()
+
+
+@pytest.fixture
+def run_unetpp() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Function: words -> a running `unetpp words` in a process group of its own; killed at the test's end."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*words: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        _kill_tree(process)
+
+
+def _kill_tree(process: subprocess.Popen[str]) -> None:
+    import psutil
+
+    try:
+        parent = psutil.Process(process.pid)
+        for member in [*parent.children(recursive=True), parent]:
+            member.kill()
+    except psutil.NoSuchProcess:
+        pass
+    process.communicate()
+
+
+@pytest.fixture
+def kill_tree() -> Callable[[subprocess.Popen[str]], None]:
+    """Function: kill -9 of a process and of all that it started."""
+    return _kill_tree

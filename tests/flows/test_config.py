@@ -1,0 +1,51 @@
+"""The configs of the flows, and the recipes that are written in them."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.config import ArchiveFlowConfig, NightlyConfig, TrainFlowConfig
+from jobs.config_file import load_config, write_yaml
+from jobs.contract import PredictOptions, TrainConfig, TrainOptions
+from unetpp.errors import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "infra" / "recipes"
+PLACES = ["data=d", "models=m", "work=w", "input=i", "output=o"]
+
+
+def test_a_night_is_a_training_and_an_archive() -> None:
+    assert set(NightlyConfig.model_fields) == set(TrainFlowConfig.model_fields) | set(ArchiveFlowConfig.model_fields)
+
+
+def test_a_flow_trains_and_predicts_by_the_jobs_own_options() -> None:
+    night = load_config(NightlyConfig, None, [*PLACES, "train.epochs=7", "predict.shard_images=5"])
+    assert night.train == TrainOptions(epochs=7)
+    assert night.predict == PredictOptions(shard_images=5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("train.epoch=7", "unknown key epoch in train; did you mean epochs?"),
+        ("train.model.level=5", "train.model.level: saw 5, wanted a whole number from 1 to 4"),
+        ("train.data=elsewhere", None),
+        ("predict.model=mine", None),
+        ("tolerance=1.5", "tolerance: saw 1.5, wanted a number of at least 0 and below 1"),
+    ],
+)
+def test_a_wrong_key_of_a_section_is_told_with_its_section(setting: str, sentence: str | None) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(NightlyConfig, None, [*PLACES, setting])
+    assert sentence is None or str(refused.value) == sentence
+
+
+def test_the_demo_recipe_is_a_whole_night(tmp_path: Path) -> None:
+    night = load_config(NightlyConfig, RECIPES / "demo.yaml")
+    file = tmp_path / "again.yaml"
+    file.write_text(write_yaml(night))
+    assert load_config(NightlyConfig, file) == night
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != "demo.yaml"))
+def test_a_training_recipe_needs_only_its_places(recipe: str) -> None:
+    load_config(TrainConfig, RECIPES / recipe, ["data=d", "output=o"])

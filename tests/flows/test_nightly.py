@@ -1,0 +1,191 @@
+"""One real night on an ephemeral Prefect: train, measure, prune, gate, segment; and the nights after it."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import flows.embedded  # noqa: F401  before Prefect is imported
+
+import pyarrow.dataset
+import pytest
+from prefect.artifacts import Artifact
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import registry, stages
+from flows.config import NightlyConfig, TrainFlowConfig
+from flows.nightly import nightly
+from flows.publish import TrainOutcome
+from flows.stages import GateResult
+from jobs.config_file import write_yaml
+from jobs.contract import EvaluateResult, ExitCode, PredictResult
+from unetpp.errors import ConfigError, JobError
+
+Night = tuple[TrainOutcome, PredictResult]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server() -> Iterator[None]:
+    """A temporary Prefect of this module's own."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def first_night(prefect_server: None, night_config: NightlyConfig) -> Night:
+    """What the first night returned."""
+    return nightly(night_config)
+
+
+def files_below(*folders: str) -> dict[Path, tuple[int, int]]:
+    """Every file with its size and time of change."""
+    paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def train_config(night: NightlyConfig) -> TrainFlowConfig:
+    return TrainFlowConfig(**{name: getattr(night, name) for name in TrainFlowConfig.model_fields})
+
+
+# --------------------------------------------------------------------------------------------- the first night
+
+
+def test_a_night_measures_every_level_and_keeps_one(first_night: Night) -> None:
+    outcome, _ = first_night
+    names = [report.name for report in outcome.measured.reports]
+    assert names[:2] == ["L1", "L2"]
+    assert outcome.measured.split == "val"
+    within = [choice.level for choice in outcome.pruned.choices if choice.within_tolerance]
+    assert outcome.pruned.level in within
+
+
+def test_the_first_model_becomes_the_current_one(first_night: Night, night_config: NightlyConfig) -> None:
+    outcome, _ = first_night
+    number, model = registry.current(night_config.models)
+    assert number == 1
+    assert model is not None
+    assert (model.digest, model.level) == (outcome.pruned.digest, outcome.pruned.level)
+    assert model.val_iou == stages.level_iou(outcome.measured, outcome.pruned.level)
+    folder = Path(night_config.models) / model.digest
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "README.md"}
+
+
+def test_every_image_of_the_archive_is_one_row(first_night: Night, night_config: NightlyConfig) -> None:
+    _, predicted = first_night
+    keys = sorted(path.name for path in Path(night_config.input).iterdir())
+    table = pyarrow.dataset.dataset(Path(night_config.output) / "table", partitioning="hive").to_table()
+    assert sorted(table["key"].to_pylist()) == keys
+    assert (predicted.status, predicted.num_predicted, predicted.num_failed) == ("complete", len(keys), 0)
+    assert Path(predicted.report_uri or "").is_file()
+
+
+def test_a_night_publishes_levels_counts_and_the_report(first_night: Night) -> None:
+    outcome, predicted = first_night
+    levels, archive, report = (Artifact.get(key) for key in ("levels", "archive", "report"))
+    assert levels is not None
+    assert archive is not None
+    assert report is not None
+    assert f'"level": "L{outcome.pruned.level}"' in str(levels.data)
+    assert levels.description == outcome.gate.reason
+    assert f"{predicted.num_listed} images -> {predicted.num_listed} rows" in str(archive.data)
+    assert f"file://{predicted.report_uri}" in str(report.data)
+
+
+# ------------------------------------------------------------------------------------------- the nights after
+
+
+def test_a_second_night_does_nothing_and_says_so(
+    first_night: Night, night_config: NightlyConfig, tmp_path: Path
+) -> None:
+    """As a command, with an embedded Prefect in a home of its own: what a person at a laptop sees."""
+    places = (night_config.models, night_config.work, night_config.output)
+    before = files_below(*places)
+    file = tmp_path / "night.yaml"
+    file.write_text(write_yaml(night_config))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.nightly", "--config", str(file)],
+        env={**environment, "PREFECT_HOME": str(tmp_path / "prefect")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == ExitCode.DONE, done.stderr
+    assert files_below(*places) == before
+    for stage in ("train", "evaluate", "prune", "gate"):
+        assert f"flows.stages: {stage}: unchanged" in done.stderr
+    num_images = first_night[1].num_listed
+    assert f"unchanged  {num_images} images -> {num_images} rows" in done.stdout
+    assert first_night[1].report_uri is not None
+    assert first_night[1].report_uri in done.stdout
+    ours = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING) +(flows|jobs|unetpp)\.|(unchanged|note|table|report|  ) ")
+    assert [line for line in done.stderr.splitlines() if line and not ours.match(line)] == []
+
+
+def test_a_night_that_fails_passes_the_jobs_exit_code_on(first_night: Night, night_config: NightlyConfig) -> None:
+    broken = night_config.model_copy(update={"input": night_config.input + "-absent"})
+    with pytest.raises(JobError) as failed:
+        nightly(broken)
+    assert (failed.value.job, failed.value.exit_code) == ("predict", ExitCode.CONFIG)
+
+
+def test_without_a_current_model_an_archive_is_refused(night_config: NightlyConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no current model"):
+        stages.predict_stage.fn(night_config.model_copy(update={"models": str(tmp_path)}))
+
+
+def test_a_changed_mask_or_option_makes_the_labelled_set_new(labelled_dir: Path) -> None:
+    before = stages.labelled_fingerprint(str(labelled_dir))
+    (labelled_dir / "notes.txt").write_text("not part of the labels")
+    assert stages.labelled_fingerprint(str(labelled_dir)) == before
+    mask = next((labelled_dir / "masks").iterdir())
+    content, times = mask.read_bytes(), (mask.stat().st_atime_ns, mask.stat().st_mtime_ns)
+    mask.write_bytes(content + b"\0")
+    assert stages.labelled_fingerprint(str(labelled_dir)) != before
+    mask.write_bytes(content)
+    os.utime(mask, ns=times)
+    assert stages.labelled_fingerprint(str(labelled_dir)) == before
+
+
+# ------------------------------------------------------------------------------------------------------ the gate
+
+
+def candidate(outcome: TrainOutcome, digest: str, iou: float) -> tuple[EvaluateResult, TrainOutcome]:
+    """The first night's model as if it were another one, that scored `iou` at every level."""
+    reports = tuple(
+        report.model_copy(update={"score": report.score.model_copy(update={"mean_iou": iou})})
+        for report in outcome.measured.reports
+    )
+    pruned = outcome.pruned.model_copy(update={"digest": digest})
+    return outcome.measured.model_copy(update={"reports": reports}), outcome.model_copy(update={"pruned": pruned})
+
+
+def decide(night: NightlyConfig, outcome: TrainOutcome, digest: str, iou: float) -> GateResult:
+    measured, other = candidate(outcome, digest, iou)
+    labelled = stages.labelled_fingerprint(night.data)
+    return stages.gate_stage(train_config(night), labelled, measured, other.pruned)
+
+
+def test_a_worse_model_does_not_replace_the_current_one_and_a_better_one_does(
+    first_night: Night, night_config: NightlyConfig
+) -> None:
+    outcome, _ = first_night
+    worse = decide(night_config, outcome, "0" * 64, -1.0)
+    assert not worse.accepted
+    assert "does not replace the current model" in worse.reason
+    assert registry.current(night_config.models)[0] == 1
+
+    better = decide(night_config, outcome, "1" * 64, 1.0)
+    assert better.accepted
+    number, model = registry.current(night_config.models)
+    assert number == 2
+    assert model is not None
+    assert model.digest == "1" * 64
+    assert (Path(night_config.models) / model.digest / "model.safetensors").is_file()
+
+    again = decide(night_config, outcome, "1" * 64, 1.0)
+    assert again == better
+    assert registry.current(night_config.models)[0] == 2

@@ -1,0 +1,177 @@
+"""Labelled sets: what belongs together is paired, what does not is refused, and crops repeat."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.contract import SynthConfig, TrainConfig
+from jobs.dataset import CropSampler, load, open_labelled_set
+from jobs.synth import run as synthesise
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError
+
+MODEL = ModelConfig(level=1, filters=(2, 4))
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    synthesise(SynthConfig(out=str(tmp_path / "data"), num=8, size=48, seed=1))
+    return tmp_path / "data"
+
+
+def train_config(data_dir: Path, **fields: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"data": str(data_dir), "output": "runs", "model": MODEL, "crop_px": 16, "batch_size": 4, **fields}
+    )
+
+
+def test_samples_carry_their_split_and_groups(data_dir: Path) -> None:
+    labelled = open_labelled_set(str(data_dir))
+    assert [sample.id for sample in labelled.samples] == [f"synth-{n:06d}" for n in range(8)]
+    assert Counter(sample.groups["modality"] for sample in labelled.samples) == {"fluorescence": 4, "brightfield": 4}
+    splits = [labelled.split(name) for name in ("train", "val", "test")]
+    assert sum(map(len, splits)) == 8
+    assert all(sample.split == "val" for sample in splits[1])
+
+
+def test_images_and_masks_are_decoded_to_one_size(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    for image in images:
+        assert image.image_HWC.shape == (48, 48, 3)
+        assert image.target_HW.shape == (48, 48)
+        with Image.open(image.sample.mask_uri) as mask:
+            assert np.array_equal(image.target_HW, (np.asarray(mask) > 0).astype(np.uint8))
+
+
+def test_a_set_in_object_storage_is_the_same_set(data_dir: Path, s3_prefix: str) -> None:
+    from jobs import storage
+
+    storage.upload_folder(data_dir, s3_prefix)
+    local, remote = (load(open_labelled_set(uri).samples, MODEL) for uri in (str(data_dir), s3_prefix))
+    assert [image.sample.id for image in local] == [image.sample.id for image in remote]
+    assert all(np.array_equal(a.image_HWC, b.image_HWC) for a, b in zip(local, remote, strict=True))
+
+
+def test_without_splits_a_part_of_the_images_becomes_val(data_dir: Path) -> None:
+    (data_dir / "splits.csv").unlink()
+    for n in range(60):
+        for folder in ("images", "masks"):
+            shutil.copy(data_dir / folder / "synth-000000.png", data_dir / folder / f"copy-{n}.png")
+    labelled = open_labelled_set(str(data_dir))
+    counts = Counter(sample.split for sample in labelled.samples)
+    assert set(counts) == {"train", "val"}
+    assert 4 <= counts["val"] <= 28
+    assert labelled == open_labelled_set(str(data_dir))
+
+
+def test_the_fingerprint_follows_the_labelled_files_alone(data_dir: Path) -> None:
+    before = open_labelled_set(str(data_dir)).fingerprint
+    (data_dir / "notes.txt").write_text("nothing to train on")
+    assert open_labelled_set(str(data_dir)).fingerprint == before
+    Image.fromarray(np.zeros((48, 48), np.uint8)).save(data_dir / "masks" / "synth-000003.png")
+    assert open_labelled_set(str(data_dir)).fingerprint != before
+
+
+def damage_mask_size(data_dir: Path) -> None:
+    Image.fromarray(np.zeros((48, 40), np.uint8)).save(data_dir / "masks" / "synth-000002.png")
+
+
+def damage_image(data_dir: Path) -> None:
+    path = data_dir / "images" / "synth-000002.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def drop_mask(data_dir: Path) -> None:
+    (data_dir / "masks" / "synth-000002.png").unlink()
+
+
+def drop_row(data_dir: Path) -> None:
+    path = data_dir / "splits.csv"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "000002" not in line))
+
+
+def drop_image(data_dir: Path) -> None:
+    (data_dir / "images" / "synth-000002.png").unlink()
+
+
+def drop_all_images(data_dir: Path) -> None:
+    shutil.rmtree(data_dir / "images")
+
+
+def rename_split_column(data_dir: Path) -> None:
+    path = data_dir / "splits.csv"
+    path.write_text(path.read_text().replace("id,split", "id,part"))
+
+
+def same_id_twice(data_dir: Path) -> None:
+    shutil.copy(data_dir / "images" / "synth-000002.png", data_dir / "images" / "synth-000002.jpg")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_mask_size, r"mask .*000002.png is 48 x 40 pixels, its image .* is 48 x 48"),
+        (damage_image, r"images/synth-000002.png cannot be used"),
+        (drop_mask, r"1 image\(s\) have no mask in masks/, the first is 'synth-000002'"),
+        (drop_row, r"1 image\(s\) have no row in splits.csv, the first is 'synth-000002'"),
+        (drop_image, r"splits.csv names 1 id\(s\) without an image, the first is 'synth-000002'"),
+        (drop_all_images, "holds no images/"),
+        (rename_split_column, "splits.csv has columns id, part, modality; wanted at least id and split"),
+        (same_id_twice, "have the same id 'synth-000002'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(data_dir: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    damage(data_dir)
+    with pytest.raises(ConfigError, match=message):
+        load(open_labelled_set(str(data_dir)).samples, MODEL)
+
+
+def test_a_class_that_the_model_lacks_is_refused(data_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="holds class 255, the model has classes 0..2"):
+        load(open_labelled_set(str(data_dir)).samples, ModelConfig(level=1, filters=(2, 4), num_classes=3))
+
+
+def test_an_unknown_split_names_those_there_are(data_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="no image in split 'vla'; its splits are test, train, val"):
+        open_labelled_set(str(data_dir)).split("vla")
+
+
+def test_workers_share_a_batch_and_crops_repeat(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    sampler = CropSampler(images, train_config(data_dir))
+    whole = list(sampler.batches(epoch=3, num_steps=2, rank=0, world_size=1))
+    parts = [list(sampler.batches(epoch=3, num_steps=2, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [tuple(x.shape) for x, _ in whole] == [(4, 3, 16, 16)] * 2
+    for step, (x, target) in enumerate(whole):
+        for rank, part in enumerate(parts):
+            assert (part[step][0] == x[rank::2]).all()
+            assert (part[step][1] == target[rank::2]).all()
+    assert not (next(iter(sampler.batches(4, 1, 0, 1)))[0] == whole[0][0]).all()
+
+
+def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    weights = {"fluorescence": 0.9, "brightfield": 0.1}
+    sampler = CropSampler(images, train_config(data_dir, balance_by="modality", group_weights=weights))
+    edges = np.concatenate([[0], sampler._cumulative])
+    shares = dict.fromkeys(weights, 0.0)
+    for image, share in zip(images, np.diff(edges), strict=True):
+        shares[image.sample.groups["modality"]] += share
+    assert shares == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"balance_by": "stain"}, "splits.csv of .* has no column 'stain'"),
+        ({"balance_by": "modality", "group_weights": {"fluorescence": 1.0}}, "group_weights names"),
+    ],
+)
+def test_groups_that_are_not_there_are_refused(data_dir: Path, fields: dict[str, object], message: str) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    with pytest.raises(ConfigError, match=message):
+        CropSampler(images, train_config(data_dir, **fields))

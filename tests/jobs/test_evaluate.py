@@ -1,0 +1,158 @@
+"""Evaluation and pruning by tolerance: the numbers are those of the masks, and the choice follows from them."""
+
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.contract import EvaluateConfig, LevelChoice, PruneConfig, SynthConfig
+from jobs.dataset import load, open_labelled_set
+from jobs.evaluate import run as evaluate
+from jobs.prune import choose_level, compare_levels
+from jobs.prune import run as prune
+from jobs.synth import run as synthesise
+from unetpp.checkpoint import from_pretrained, read_pretrained, save_pretrained
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError
+from unetpp.model import UNetPlusPlus, count_parameters
+from unetpp.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labelled")
+    synthesise(SynthConfig(out=str(folder), num=12, size=64, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    save_pretrained(UNetPlusPlus(ModelConfig(level=3, filters=(4, 6, 8, 10))), folder)
+    return folder
+
+
+def test_scores_are_those_of_the_masks(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    result = evaluate(
+        EvaluateConfig(model=str(model_dir), data=str(data_dir), split="train", output=str(tmp_path), num_bootstrap=200)
+    )
+    assert [report.name for report in result.reports] == ["L1", "L2", "L3", "accurate"]
+    images = load(open_labelled_set(str(data_dir)).split("train"), from_pretrained(model_dir).config)
+    for report in result.reports:
+        mode, level = ("accurate", None) if report.name == "accurate" else ("fast", int(report.name[1:]))
+        predictor = Predictor.from_pretrained(model_dir, mode=mode, level=level)  # type: ignore[arg-type]
+        masks = predictor([image.image_HWC for image in images])  # type: ignore[misc]
+        overlaps = [(m > 0, image.target_HW > 0) for m, image in zip(masks, images, strict=True)]
+        ious = [(m & t).sum() / max(1, (m | t).sum()) for m, t in overlaps]
+        assert report.score.mean_iou == pytest.approx(np.mean(ious), abs=1e-9)
+        assert result.image_iou[report.name] == pytest.approx(ious, abs=1e-9)
+        pooled = sum((m & t).sum() for m, t in overlaps) / sum((m | t).sum() for m, t in overlaps)
+        assert report.score.pooled_iou == pytest.approx(pooled)
+        low, high = report.score.mean_iou_interval
+        assert low <= report.score.mean_iou <= high
+        assert set(report.groups) == {"fluorescence", "brightfield"}
+        assert sum(group.num_images for group in report.groups.values()) == len(images)
+
+
+def test_cost_grows_with_the_level(model_dir: Path, data_dir: Path) -> None:
+    result = evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), split="val", num_bootstrap=100))
+    by_name = {report.name: report for report in result.reports}
+    for shallow, deep in itertools.pairwise(["L1", "L2", "L3"]):
+        assert by_name[shallow].num_parameters < by_name[deep].num_parameters
+        assert by_name[shallow].gmacs_per_megapixel < by_name[deep].gmacs_per_megapixel
+    assert by_name["L2"].num_parameters == count_parameters(from_pretrained(model_dir, 2))
+    assert all(report.seconds_per_megapixel > 0 for report in result.reports)
+
+
+def test_the_table_the_plot_and_the_card_are_written(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(model_dir), tmp_path / "model")
+    result = evaluate(
+        EvaluateConfig(
+            model=str(tmp_path / "model"),
+            data=str(data_dir),
+            split="val",
+            output=str(tmp_path / "out"),
+            update_card=True,
+            num_bootstrap=100,
+        )
+    )
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    stored = type(result).model_validate_json((tmp_path / "out" / "metrics.json").read_bytes())
+    assert stored == result
+    rows = list(csv.DictReader((tmp_path / "out" / "levels.csv").open()))
+    assert [row["output"] for row in rows if not row["group"]] == ["L1", "L2", "L3", "accurate"]
+    scores = read_pretrained(tmp_path / "model").scores
+    assert scores["L2"].mean_iou == result.reports[1].score.mean_iou
+    assert f"{scores['L2'].mean_iou:.4f}" in (tmp_path / "model" / "README.md").read_text()
+    assert from_pretrained(tmp_path / "model").state_dict().keys() == from_pretrained(model_dir).state_dict().keys()
+
+
+def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="group_by is 'stain'; splits.csv has the columns modality"):
+        evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), group_by="stain"))
+
+
+def prune_config(tolerance: float, **fields: object) -> PruneConfig:
+    return PruneConfig.model_validate(
+        {"model": "m", "out": "o", "tolerance": tolerance, "data": "d", "num_bootstrap": 500, **fields}
+    )
+
+
+def test_the_cheapest_level_within_the_tolerance_is_kept() -> None:
+    rng = np.random.default_rng(0)
+    deep = rng.uniform(0.5, 0.9, 100)
+    image_iou = {
+        1: tuple(deep - 0.1),
+        2: tuple(deep - 0.008 + rng.normal(0, 0.005, 100)),
+        3: tuple(deep - 0.001 + rng.normal(0, 0.005, 100)),
+        4: tuple(deep),
+    }
+    for tolerance, expected in ((0.2, 1), (0.012, 2), (0.004, 3), (0.0, 4)):
+        choices = compare_levels(image_iou, prune_config(tolerance))
+        assert choose_level(choices) == expected
+    assert choices[1].loss_to_best == pytest.approx(0.008, abs=0.002)
+    assert choices[1].loss_upper_bound > choices[1].loss_to_best
+
+
+def test_few_images_make_the_choice_careful() -> None:
+    """The same mean loss passes with many images and not with few: the bound, not the mean, decides."""
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 0.03, 400)
+
+    def within(number: int) -> bool:
+        deep = np.full(number, 0.8)
+        shallow = deep - 0.005 - (noise[:number] - noise[:number].mean())
+        choices: tuple[LevelChoice, ...] = compare_levels({1: tuple(shallow), 2: tuple(deep)}, prune_config(0.01))
+        return choices[0].within_tolerance
+
+    assert within(400)
+    assert not within(12)
+
+
+def test_a_worse_deep_level_is_never_kept() -> None:
+    choices = compare_levels({1: (0.8, 0.7), 2: (0.9, 0.8), 3: (0.5, 0.5)}, prune_config(0.01))
+    assert choose_level(choices) == 2
+
+
+@pytest.mark.parametrize("way", [{"level": 2}, {"tolerance": 0.9, "confidence": 0.9}])
+def test_the_pruned_model_is_a_model(way: dict[str, float], model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    data = {"data": str(data_dir), "split": "train"} if "tolerance" in way else {}
+    result = prune(
+        PruneConfig.model_validate(
+            {"model": str(model_dir), "out": str(tmp_path / "pruned"), "num_bootstrap": 100, **way, **data}
+        )
+    )
+    pruned = read_pretrained(tmp_path / "pruned")
+    assert result.level == (2 if "level" in way else 1)
+    assert pruned.model.level == result.level
+    assert pruned.supervised_levels == (result.level,)
+    assert pruned.training["pruned_from"] == 3
+    if "tolerance" in way:
+        assert [choice.level for choice in result.choices] == [1, 2, 3]
+        assert list(pruned.scores) == ["L1"]
+    with pytest.raises(ConfigError):
+        prune(PruneConfig(model=str(tmp_path / "pruned"), out=str(tmp_path / "again"), level=3))

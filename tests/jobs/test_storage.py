@@ -1,0 +1,337 @@
+"""Objects in folders and in S3: what is written comes back, versions are kept apart, one writer wins, errors are clear."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jobs import storage
+from unetpp.errors import ConfigError, ImageError, StorageError
+
+ODD_KEYS = ["plain.png", "with space.png", "a/b/c.png", "per%2Fcent.png", "plus+and&.png", "ünïcode/図.png", "new\nline"]
+
+
+def _slow_down() -> bytes:
+    body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
+    return b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def _listing(*keys: str, more: str = "") -> bytes:
+    token = f"<NextContinuationToken>{more}</NextContinuationToken>" if more else ""
+    found = "".join(f'<Contents><Key>{key}</Key><ETag>"tag"</ETag><Size>7</Size></Contents>' for key in keys)
+    truncated = "true" if more else "false"
+    body = f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{token}{found}</ListBucketResult>"
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+# ---------------------------------------------------------------------------------------------- what is stored
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_an_object_comes_back_as_it_was_written(place: str, key: str) -> None:
+    storage.write_bytes(storage.join(place, key), b"first")
+    storage.write_bytes(storage.join(place, key), b"second")
+    (listed,) = storage.list_objects(place)
+    assert (listed.key, listed.size_bytes) == (key, 6)
+    assert storage.read_bytes(storage.join(place, key)) == b"second"
+    assert storage.read_bytes(storage.join(place, key), listed.etag) == b"second"
+    assert storage.exists(storage.join(place, key))
+    assert not storage.exists(storage.join(place, key + "x"))
+
+
+def test_a_folder_and_a_prefix_list_the_same_keys(tmp_path: Path, s3_prefix: str) -> None:
+    for key in ODD_KEYS:
+        storage.write_bytes(storage.join(tmp_path, key), key.encode())
+    storage.upload_folder(tmp_path, s3_prefix)
+    in_s3 = [found.key for found in storage.list_objects(s3_prefix)]
+    assert sorted(in_s3) == sorted(found.key for found in storage.list_objects(tmp_path)) == sorted(ODD_KEYS)
+    assert in_s3 == sorted(in_s3, key=str.encode)
+
+
+def test_a_listing_goes_on_after_a_page_and_after_a_failed_page(flaky_server) -> None:
+    flaky_server.answers = [_listing("p/a", "p/b", more="token"), _slow_down(), _listing("p/c")]
+    assert [found.key for found in storage.list_objects("s3://bucket/p")] == ["a", "b", "c"]
+    assert ["continuation-token=token" in request for request in flaky_server.requests] == [False, True, True]
+
+
+def test_a_listing_is_lazy(flaky_server) -> None:
+    flaky_server.answers = [_listing("p/a", "p/b", more="token")]
+    listing = storage.list_objects("s3://bucket/p")
+    assert [next(listing).key, next(listing).key] == ["a", "b"]
+    assert len(flaky_server.requests) == 1
+
+
+def test_a_prefix_is_a_folder_not_the_start_of_a_name(s3_prefix: str) -> None:
+    storage.write_bytes(f"{s3_prefix}/images/a.png", b"a")
+    storage.write_bytes(f"{s3_prefix}/images-old/b.png", b"b")
+    assert [found.key for found in storage.list_objects(f"{s3_prefix}/images")] == ["a.png"]
+    assert [found.key for found in storage.list_objects(f"{s3_prefix}/images/")] == ["a.png"]
+
+
+def test_folder_markers_of_consoles_are_not_images(s3_prefix: str) -> None:
+    storage.write_bytes(f"{s3_prefix}/folder/", b"")
+    storage.write_bytes(f"{s3_prefix}/folder/a.png", b"a")
+    assert [found.key for found in storage.list_objects(s3_prefix)] == ["folder/a.png"]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(b"a")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    keys = {found.key for found in storage.list_objects(tmp_path)}
+    assert {"real/a.png", "linked/a.png"} <= keys
+    assert all(key.endswith("a.png") for key in keys)
+
+
+def test_a_name_that_is_no_utf8_is_listed_and_reads_as_gone(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(b"a")
+    (listed,) = storage.list_objects(tmp_path)
+    assert listed.key == "bad\\xff.png"
+    with pytest.raises(ImageError, match="gone"):
+        storage.read_bytes(storage.join(tmp_path, listed.key), listed.etag)
+
+
+# -------------------------------------------------------------------------------------------------- versions
+
+
+def test_another_version_than_the_listed_one_is_changed(place: str) -> None:
+    uri = storage.join(place, "a.png")
+    storage.write_bytes(uri, b"one")
+    (listed,) = storage.list_objects(place)
+    storage.write_bytes(uri, b"two")
+    with pytest.raises(ImageError, match="replaced") as caught:
+        storage.read_bytes(uri, listed.etag)
+    assert caught.value.code == "changed"
+
+
+def test_an_object_deleted_after_the_listing_is_gone(place: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        storage.read_bytes(storage.join(place, "never/was.png"), "some-etag")
+    assert caught.value.code == "gone"
+
+
+def test_an_absent_object_that_was_not_listed_is_a_missing_file(place: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"never/was\.json"):
+        storage.read_json(storage.join(place, "never/was.json"))
+
+
+# --------------------------------------------------------------------------------------------- put if absent
+
+
+def test_put_if_absent_never_changes_what_is_there(place: str) -> None:
+    uri = storage.join(place, "table/part.parquet")
+    assert storage.put_if_absent(uri, b"first", root=place)
+    assert not storage.put_if_absent(uri, b"second", root=place)
+    assert storage.read_bytes(uri) == b"first"
+    assert [found.key for found in storage.list_objects(storage.join(place, "table"))] == ["part.parquet"]
+
+
+def test_of_many_writers_at_once_one_wins(place: str) -> None:
+    uri, start = storage.join(place, "part"), threading.Barrier(12)
+
+    def put(writer: int) -> bool:
+        start.wait()
+        return storage.put_if_absent(uri, b"%d" % writer * 1000, root=place)
+
+    with ThreadPoolExecutor(12) as threads:
+        won = list(threads.map(put, range(12)))
+    assert won.count(True) == 1
+    assert storage.read_bytes(uri) == b"%d" % won.index(True) * 1000
+
+
+def test_a_killed_writer_leaves_whole_objects_only(tmp_path: Path) -> None:
+    program = (
+        "import itertools\n"
+        "from jobs import storage\n"
+        "for n in itertools.count():\n"
+        f"    storage.put_if_absent(f'{tmp_path}/table/{{n}}', bytes([n % 251]) * 3_000_000, root='{tmp_path}')\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
+    table = tmp_path / "table"
+    deadline = time.monotonic() + 60
+    while not (table.is_dir() and len(list(table.iterdir())) >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    writer.kill()
+    writer.wait()
+    objects = list(table.iterdir())
+    assert len(objects) >= 3
+    for path in objects:
+        assert path.read_bytes() == bytes([int(path.name) % 251]) * 3_000_000
+
+
+def test_scratch_left_by_killed_writers_is_removed_after_a_day(tmp_path: Path) -> None:
+    scratch = tmp_path / storage.SCRATCH
+    scratch.mkdir()
+    (scratch / "old").write_bytes(b"")
+    (scratch / "new").write_bytes(b"")
+    os.utime(scratch / "old", (time.time() - 90_000,) * 2)
+    storage.sweep_scratch(tmp_path)
+    assert [path.name for path in scratch.iterdir()] == ["new"]
+
+
+# --------------------------------------------------------------------------------------------------- retries
+
+
+def test_a_store_that_is_busy_for_a_moment_is_asked_again(flaky_server) -> None:
+    flaky_server.answers = [_slow_down(), b"", b'HTTP/1.1 200 OK\r\nETag: "tag"\r\nContent-Length: 7\r\n\r\ncon']
+    assert storage.read_bytes("s3://bucket/key", "tag") == b"content"
+    assert len(flaky_server.requests) == 4  # busy, hung up, cut short, whole
+
+
+def test_retries_have_one_owner(flaky_server) -> None:
+    flaky_server.last = _slow_down()
+    with pytest.raises(StorageError, match="SlowDown"):
+        storage.read_bytes("s3://bucket/key")
+    assert len(flaky_server.requests) == 4
+
+
+def test_a_conflict_of_two_conditional_writes_is_tried_again(flaky_server) -> None:
+    flaky_server.answers = [b"HTTP/1.1 409 Conflict\r\nContent-Length: 0\r\n\r\n"]
+    flaky_server.last = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    assert storage.put_if_absent("s3://bucket/key", b"content")
+    assert len(flaky_server.requests) == 2
+
+
+def test_a_lost_answer_counts_as_somebody_elses_write(flaky_server) -> None:
+    flaky_server.answers = [b"", b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\n\r\n"]
+    assert not storage.put_if_absent("s3://bucket/key", b"content")
+
+
+def test_a_refusal_is_not_tried_again(flaky_server) -> None:
+    flaky_server.last = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(StorageError, match="forbids access to s3://bucket/key"):
+        storage.write_bytes("s3://bucket/key", b"content")
+    assert len(flaky_server.requests) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3_environment) -> None:
+    with pytest.raises(StorageError, match="there is no bucket 'absent-bucket'"):
+        list(storage.list_objects("s3://absent-bucket/prefix"))
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_named_and_not_shown(
+    s3_environment, variable: str, monkeypatch: pytest.MonkeyPatch, no_secret_in: Callable[[str], None]
+) -> None:
+    monkeypatch.setenv(variable, "wrong-canary")
+    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
+        list(storage.list_objects("s3://archive/prefix"))
+    no_secret_in(str(caught.value))
+    assert "wrong-canary" not in str(caught.value)
+
+
+def test_no_credentials_are_named(s3_environment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="no credentials"):
+        list(storage.list_objects("s3://archive/prefix"))
+
+
+def test_a_dead_endpoint_is_named_within_seconds(s3_environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"no answer from http://127\.0\.0\.1:9 .*AWS_ENDPOINT_URL"):
+        list(storage.list_objects("s3://archive/prefix"))
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_that_makes_no_sense_is_the_callers_mistake(s3_environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "not an address")
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):
+        list(storage.list_objects("s3://archive/prefix"))
+
+
+def test_a_missing_folder_is_the_callers_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no folder .*absent"):
+        list(storage.list_objects(tmp_path / "absent"))
+    assert list(storage.list_objects(tmp_path / "absent", missing_ok=True)) == []
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is a file; wanted a folder"):
+        list(storage.list_objects(tmp_path / "file"))
+    with pytest.raises(StorageError, match="a file is where a folder is wanted"):
+        storage.put_if_absent(tmp_path / "file" / "below", b"", root=tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(StorageError):
+            storage.put_if_absent(tmp_path / "table" / "part", b"x" * 5000, root=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(storage.list_objects(tmp_path)) == []
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/key", "file://host/key", "s3:///key", ""])
+def test_a_scheme_that_cannot_be_opened_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError):
+        storage.canonical(uri)
+
+
+def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spellings = ["data", "./data/", f"{tmp_path}/data", f"file://{tmp_path}/data/", Path("data")]
+    assert {storage.canonical(uri) for uri in spellings} == {f"{tmp_path}/data"}
+    assert storage.canonical("s3://bucket/prefix/") == "s3://bucket/prefix"
+
+
+# --------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_remote_folder_is_copied_once_per_content(
+    s3_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "sub" / "weights").write_bytes(b"1")
+    storage.upload_folder(tmp_path / "model", s3_prefix, last="config.json")
+    first = storage.download_folder(s3_prefix)
+    assert (first / "config.json").read_text() == "{}"
+    assert (first / "sub" / "weights").read_bytes() == b"1"
+    assert storage.download_folder(s3_prefix) == first
+    storage.write_bytes(f"{s3_prefix}/sub/weights", b"2")
+    second = storage.download_folder(s3_prefix)
+    assert second != first
+    assert (second / "sub" / "weights").read_bytes() == b"2"
+    assert {path.name for path in (tmp_path / "cache" / "unetpp").iterdir()} == {first.name, second.name}
+
+
+def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
+    assert storage.download_folder(tmp_path) == tmp_path
+
+
+def test_a_folder_with_nothing_in_it_is_missing(s3_prefix: str, tmp_path: Path) -> None:
+    for uri in (s3_prefix, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError):
+            storage.download_folder(uri)
+
+
+def test_an_object_cannot_climb_out_of_the_cache(flaky_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flaky_server.answers = [_listing("model/../../../evil")]
+    with pytest.raises(StorageError, match="unsafe name"):
+        storage.download_folder("s3://bucket/model")
+    assert not list(tmp_path.rglob("evil"))

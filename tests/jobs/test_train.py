@@ -1,0 +1,112 @@
+"""Training on a real Ray: it learns, resumes by name, starts anew when something changed, and adds up over workers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.contract import SynthConfig, TrainConfig
+from jobs.dataset import CropSampler, load, open_labelled_set
+from jobs.synth import run as synthesise
+from jobs.train import run
+from unetpp.checkpoint import from_pretrained, read_pretrained
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError
+from unetpp.loss import deep_supervision_loss
+from unetpp.model import UNetPlusPlus
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labelled")
+    synthesise(SynthConfig(out=str(folder), num=10, size=64, seed=5))
+    return folder
+
+
+def config(data_dir: Path, output: object, **fields: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "name": "tiny",
+            "data": str(data_dir),
+            "output": str(output),
+            "model": {"level": 2, "filters": [4, 8, 16]},
+            "crop_px": 32,
+            "batch_size": 4,
+            "epochs": 2,
+            "steps_per_epoch": 3,
+            "warmup_steps": 2,
+            "threads_per_worker": 1,
+            **fields,
+        }
+    )
+
+
+def test_two_workers_train_a_model_that_can_be_pruned_and_a_second_call_does_nothing(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    asked = config(data_dir, tmp_path, num_workers=2, balance_by="modality")
+    result = run(asked)
+    assert set(result.val_iou) == {1, 2}
+    assert result.steps == 6
+    pretrained = read_pretrained(result.model_uri)
+    assert pretrained.supervised_levels == (1, 2)
+    assert pretrained.training["config"]["seed"] == 0  # type: ignore[index]
+    assert from_pretrained(result.model_uri, level=1).config.level == 1
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(asked) == result
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver dies after training, before the export: the next call exports what an undisturbed run gives."""
+    undisturbed = run(config(data_dir, tmp_path / "undisturbed"))
+    asked = config(data_dir, tmp_path / "disturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.train._export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(asked)
+    resumed = run(asked)
+    assert resumed.digest == undisturbed.digest
+    assert resumed.val_iou == undisturbed.val_iou
+
+
+def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:
+    first = config(data_dir, tmp_path)
+    names = {first.run_fingerprint()}
+    for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"epochs": 3}, {"model": {"level": 1, "filters": [4, 8]}}):
+        names.add(config(data_dir, tmp_path, **change).run_fingerprint())
+    assert len(names) == 5
+    assert config(data_dir, tmp_path / "elsewhere", threads_per_worker=2).run_fingerprint() == first.run_fingerprint()
+
+
+def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the loss became .*; lower learning_rate"):
+        run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0))
+
+
+def test_a_few_steps_lower_the_loss_at_every_head(data_dir: Path) -> None:
+    asked = config(data_dir, "unused")
+    sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    torch.manual_seed(0)
+    model = UNetPlusPlus(ModelConfig(level=2, filters=(8, 16, 32)))
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses: list[list[float]] = []
+    for x, target in sampler.batches(epoch=0, num_steps=40, rank=0, world_size=1):
+        heads = model(x)
+        losses.append([deep_supervision_loss({level: head}, target).item() for level, head in heads.items()])
+        optimiser.zero_grad()
+        deep_supervision_loss(heads, target).backward()
+        optimiser.step()
+    first, last = torch.tensor(losses[:5]).mean(0), torch.tensor(losses[-5:]).mean(0)
+    assert (last < 0.8 * first).all()
+
+
+def test_the_result_is_json_that_reads_back(data_dir: Path, tmp_path: Path) -> None:
+    result = run(config(data_dir, tmp_path, epochs=1, steps_per_epoch=1))
+    stored = json.loads((tmp_path / result.run / "result.json").read_text())
+    assert type(result).model_validate(stored) == result

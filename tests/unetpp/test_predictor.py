@@ -1,0 +1,219 @@
+"""Images in, masks out: tiling cannot be seen, neighbours do not matter, modes do what they say."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from unetpp.checkpoint import save_pretrained
+from unetpp.config import ModelConfig, ValueRange
+from unetpp.engines import TorchEngine, fold_batch_norm, scale
+from unetpp.errors import ConfigError
+from unetpp.model import UNetPlusPlus
+from unetpp.predictor import Predictor, masks_by_level
+from unetpp.prune import prune
+from unetpp.tiles import cut, pad, plan_tiles, stitch
+
+NARROW = (4, 6, 8, 10, 12)
+LEVELS = (1, 2, 3, 4)
+
+
+def random_model(**fields: object) -> UNetPlusPlus:
+    """A model whose BatchNorms have seen data, and whose masks are neither empty nor full."""
+    torch.manual_seed(0)
+    model = UNetPlusPlus(ModelConfig.model_validate({"filters": NARROW, **fields}))
+    model.train()
+    with torch.no_grad():
+        for _ in range(5):
+            heads = model(torch.rand(4, model.config.in_channels, 64, 64))
+        for level, head in heads.items():
+            model.heads[str(level)].bias -= head.median()
+    return model.eval()
+
+
+def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int) -> NDArray[np.float32]:
+    config = model.config
+    padded = pad(image_HWC, config.pad_multiple)
+    plan = plan_tiles(
+        *image_HWC.shape[:2],
+        tile_px=tile_px,
+        stride=config.stride,
+        halo_px=config.halo_px,
+        pad_multiple=config.pad_multiple,
+    )
+
+    def core(tile) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
+        logits = model(scale(torch.from_numpy(np.array(cut(padded, tile)[None])), config))[config.level]
+        return logits[0].permute(1, 2, 0).numpy()[tile.core_slices]
+
+    return stitch(plan, (core(tile) for tile in plan.tiles))
+
+
+@pytest.mark.parametrize(("level", "upsample"), itertools.product(LEVELS, ("deconv", "nearest", "bilinear")))
+@pytest.mark.parametrize(("size", "tile_px"), [((301, 275), 64), ((301, 275), 128), ((64, 401), 96), ((513, 130), 256)])
+@torch.no_grad()
+def test_tiling_is_invisible(level: int, upsample: str, size: tuple[int, int], tile_px: int) -> None:
+    model = random_model(level=level, upsample=upsample, deep_supervision=False)
+    image = random_image(*size)
+    whole = tiled_logits(model, image, 1024)
+    tiled = tiled_logits(model, image, tile_px)
+    assert tiled.shape == (*size, 1)
+    if level <= 2:
+        assert np.array_equal(tiled, whole)
+    else:
+        assert np.abs(tiled - whole).max() < 1e-5
+    assert np.array_equal(tiled > 0, whole > 0)
+
+
+@pytest.mark.parametrize(("level", "upsample"), itertools.product(LEVELS, ("deconv", "nearest", "bilinear")))
+def test_masks_do_not_depend_on_the_tile_size(tmp_path: Path, level: int, upsample: str) -> None:
+    save_pretrained(random_model(upsample=upsample), tmp_path)
+    images = [random_image(333, 210), random_image(40, 500, seed=1)]
+    whole = Predictor.from_pretrained(tmp_path, level=level, tile_px=1024)(images)
+    tiled = Predictor.from_pretrained(tmp_path, level=level, tile_px=64)(images)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, tiled, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (16, 16), (17, 31), (700, 3)])
+def test_masks_have_the_size_of_their_image(tmp_path: Path, size: tuple[int, int]) -> None:
+    save_pretrained(random_model(), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path, tile_px=128)
+    mask = predictor([random_image(*size)])[0]
+    assert mask.shape == size
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_a_mask_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path, tile_px=64)
+    images = [random_image(100, 80, seed=n) for n in range(3)] + [random_image(64, 64), random_image(30, 200)]
+    together = predictor(images)
+    alone = [predictor([image])[0] for image in images]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_grey_and_colour_and_two_dimensional_images_are_adapted(tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path)
+    grey = random_image(50, 60, 1)
+    masks = predictor([grey, grey[..., 0], np.repeat(grey, 3, axis=2)])
+    assert np.array_equal(masks[0], masks[1])
+    assert np.array_equal(masks[0], masks[2])
+
+
+def test_sixteen_bits_are_scaled_by_their_stated_range(tmp_path: Path) -> None:
+    model = random_model(value_range=ValueRange(uint16=(0, 4095)).model_dump())
+    save_pretrained(model, tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path)
+    eight = random_image(64, 64)
+    twelve = np.round(eight.astype(np.float64) * 4095 / 255).astype(np.uint16)
+    unit = eight.astype(np.float32) / 255
+    first, second, third = predictor.predict([eight, twelve, unit])
+    assert np.mean(first.mask_HW != second.mask_HW) < 0.01
+    assert np.mean(first.mask_HW != third.mask_HW) < 0.001
+    shifted = predictor([(twelve * 16).astype(np.uint16)])[0]
+    assert np.mean(first.mask_HW != shifted) > 0.05
+
+
+def test_an_unstated_pixel_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pixels are int16; wanted uint8, uint16 or float32"):
+        scale(torch.zeros(1, 2, 2, 3, dtype=torch.int16), ModelConfig())
+
+
+def test_fast_mode_is_one_head_and_accurate_mode_the_mean_probability(tmp_path: Path) -> None:
+    model = random_model()
+    save_pretrained(model, tmp_path)
+    image = random_image(64, 48)
+    with torch.no_grad():
+        heads = model(scale(torch.from_numpy(image[None]), model.config))
+    for level in LEVELS:
+        fast = Predictor.from_pretrained(tmp_path, level=level)([image])[0]
+        assert np.array_equal(fast, (heads[level][0, 0] > 0).numpy())
+        mean = torch.stack([heads[shallower].sigmoid() for shallower in range(1, level + 1)]).mean(0)
+        accurate = Predictor.from_pretrained(tmp_path, mode="accurate", level=level)([image])[0]
+        assert np.array_equal(accurate, (mean[0, 0] > 0.5).numpy())
+
+
+def test_one_pass_gives_every_level_and_accurate_mode(tmp_path: Path) -> None:
+    model = random_model()
+    save_pretrained(model, tmp_path)
+    image = random_image(150, 90)
+    masks = masks_by_level(model, image, tile_px=64)
+    assert list(masks) == ["L1", "L2", "L3", "L4", "accurate"]
+    for level in LEVELS:
+        assert np.array_equal(masks[f"L{level}"], Predictor.from_pretrained(tmp_path, level=level)([image])[0])
+    assert np.array_equal(masks["accurate"], Predictor.from_pretrained(tmp_path, mode="accurate")([image])[0])
+
+
+def test_accurate_mode_needs_the_heads(tmp_path: Path) -> None:
+    save_pretrained(prune(random_model(), 2), tmp_path)
+    with pytest.raises(ConfigError, match=r"accurate mode averages .* heads \[2\] only"):
+        Predictor.from_pretrained(tmp_path, mode="accurate")
+
+
+def test_several_classes_give_class_ids(tmp_path: Path) -> None:
+    model = random_model(num_classes=4)
+    save_pretrained(model, tmp_path)
+    image = random_image(40, 56)
+    with torch.no_grad():
+        expected = model(scale(torch.from_numpy(image[None]), model.config))[4].argmax(1)[0].numpy()
+    prediction = Predictor.from_pretrained(tmp_path).predict([image])[0]
+    assert np.array_equal(prediction.mask_HW, expected)
+    assert 0 < prediction.uncertainty < 1
+
+
+def test_uncertainty_is_the_missing_margin(tmp_path: Path) -> None:
+    model = random_model()
+    save_pretrained(model, tmp_path)
+    image = random_image(130, 70)
+    with torch.no_grad():
+        probability = model(scale(torch.from_numpy(image[None]), model.config))[4].sigmoid()
+    expected = 1 - (2 * probability - 1).abs().mean().item()
+    assert Predictor.from_pretrained(tmp_path).predict([image])[0].uncertainty == pytest.approx(expected, abs=1e-5)
+
+
+def test_broken_weights_are_seen_in_the_prediction(tmp_path: Path) -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.heads["4"].bias.fill_(float("nan"))
+    save_pretrained(model, tmp_path)
+    assert not Predictor.from_pretrained(tmp_path).predict([random_image(20, 20)])[0].finite
+    assert Predictor.from_pretrained(tmp_path, level=3).predict([random_image(20, 20)])[0].finite
+
+
+def test_batches_hold_tiles_of_one_shape_and_lose_none(tmp_path: Path) -> None:
+    """What an engine that gains from batches sees: the masks are those of single tiles up to float noise."""
+    save_pretrained(random_model(), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path, tile_px=64)
+    images = [random_image(150, 90, seed=n) for n in range(3)] + [random_image(64, 64), random_image(1, 1)]
+    single = predictor(images)
+    predictor.engine.batch_tiles = 4
+    batched = predictor(images)
+    assert all(np.mean(a != b) < 1e-3 for a, b in zip(single, batched, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@torch.no_grad()
+def test_folding_batch_norm_keeps_the_logits(norm: str) -> None:
+    model = random_model(norm=norm)
+    folded = fold_batch_norm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    x = torch.rand(1, 3, 64, 64)
+    for level, head in model(x).items():
+        torch.testing.assert_close(folded(x)[level], head, atol=1e-4, rtol=1e-4)
+
+
+def test_the_engine_leaves_its_model_as_it_was() -> None:
+    model = random_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    TorchEngine(model, "fast")(random_image(32, 32)[None], (slice(None), slice(None)))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
