@@ -38,7 +38,7 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A SeaweedFS of this session on loopback: the AWS_* variables that lead to it, with buckets `archive` and `output`."""
+    """A SeaweedFS on loopback, with buckets `archive` and `output`: the AWS_* variables that lead to it."""
     folder = tmp_path_factory.mktemp("seaweedfs")
     port, *others = _free_ports(5)
     _write_s3_accounts(folder / "accounts.json")
@@ -218,10 +218,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 12 good images: sizes, channels, types and formats mixed, in subfolders, with odd names."""
     folder = tmp_path_factory.mktemp("archive")
     rng = np.random.default_rng(3)
-    for number, name in enumerate(
-        ["a.png", "b.PNG", "c d.png", "e%2Ff.png", "g+h.png", "plate 1/w1.png", "plate 1/w2.jpg", "plate 1/é.tif"]
-        + ["deep/er/x.png", "deep/er/x.png.png", "deep/.hidden.png", "~tilde~.png"]
-    ):
+    names = ["a.png", "b.PNG", "c d.png", "e%2Ff.png", "g+h.png", "plate 1/w1.png", "plate 1/w2.jpg", "plate 1/é.tif"]
+    names += ["deep/er/x.png", "deep/er/x.png.png", "deep/.hidden.png", "~tilde~.png"]
+    for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         height, width = 17 + 9 * number, 70 - 3 * number

@@ -1,13 +1,13 @@
 """One real night on an ephemeral Prefect: train, measure, prune, gate, segment; and the nights after it."""
 
+import flows.embedded  # noqa: F401  before Prefect is imported
+
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import flows.embedded  # noqa: F401  before Prefect is imported
 
 import pyarrow.dataset
 import pytest

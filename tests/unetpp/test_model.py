@@ -41,7 +41,7 @@ def test_multiply_adds_at_256_pixels() -> None:
     assert gmacs == pytest.approx([3.5148, 8.9171, 17.4735, 29.7879], abs=1e-4)
 
 
-@pytest.mark.parametrize(("norm", "upsample"), itertools.product(NORMS, UPSAMPLES))
+@pytest.mark.parametrize(("norm", "upsample"), list(itertools.product(NORMS, UPSAMPLES)))
 def test_forward_is_equation_one(norm: str, upsample: str) -> None:
     """Recompute every node by the paper's recursion, with the same weights, and compare the deepest head."""
     model = UNetPlusPlus(ModelConfig(filters=NARROW, norm=norm, upsample=upsample)).eval()
@@ -89,7 +89,7 @@ def test_every_parameter_gets_a_gradient(level: int, deep_supervision: bool) -> 
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize(("level", "upsample"), itertools.product((1, 2, 3, 4), UPSAMPLES))
+@pytest.mark.parametrize(("level", "upsample"), list(itertools.product((1, 2, 3, 4), UPSAMPLES)))
 def test_reach_is_exact(level: int, upsample: str) -> None:
     """A changed pixel changes outputs up to `reach_px` away for some position of it, and never farther."""
     config = ModelConfig(level=level, filters=NARROW, norm="none", upsample=upsample, deep_supervision=False)

@@ -56,7 +56,7 @@ def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int
     return stitch(plan, (core(tile) for tile in plan.tiles))
 
 
-@pytest.mark.parametrize(("level", "upsample"), itertools.product(LEVELS, ("deconv", "nearest", "bilinear")))
+@pytest.mark.parametrize(("level", "upsample"), list(itertools.product(LEVELS, ("deconv", "nearest", "bilinear"))))
 @pytest.mark.parametrize(("size", "tile_px"), [((301, 275), 64), ((301, 275), 128), ((64, 401), 96), ((513, 130), 256)])
 @torch.no_grad()
 def test_tiling_is_invisible(level: int, upsample: str, size: tuple[int, int], tile_px: int) -> None:
@@ -72,7 +72,7 @@ def test_tiling_is_invisible(level: int, upsample: str, size: tuple[int, int], t
     assert np.array_equal(tiled > 0, whole > 0)
 
 
-@pytest.mark.parametrize(("level", "upsample"), itertools.product(LEVELS, ("deconv", "nearest", "bilinear")))
+@pytest.mark.parametrize(("level", "upsample"), list(itertools.product(LEVELS, ("deconv", "nearest", "bilinear"))))
 def test_masks_do_not_depend_on_the_tile_size(tmp_path: Path, level: int, upsample: str) -> None:
     save_pretrained(random_model(upsample=upsample), tmp_path)
     images = [random_image(333, 210), random_image(40, 500, seed=1)]

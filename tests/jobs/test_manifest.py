@@ -1,0 +1,109 @@
+"""The manifest: every image once, in order, in shards that keep their limits."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import manifest, storage
+from jobs.manifest import SHARD_BYTES, Plan, identity
+from jobs.storage import StoredObject
+from jobs.table import Done
+from unetpp.errors import StorageError
+
+INCLUDE = ("*.png", "*.tif")
+NOTHING_DONE = Done(np.empty(0, "S16"), np.empty(0, bool), np.empty(0, np.int16))
+
+
+def _plan(listing: list[StoredObject], shard_images: int = 4, done: Done = NOTHING_DONE, **more) -> Plan:
+    return manifest.plan(listing, source="s", include=INCLUDE, done=done, shard_images=shard_images, **more)
+
+
+def _listed(*keys: str, size: int = 10) -> list[StoredObject]:
+    return [StoredObject(key, f"etag of {key}", size) for key in keys]
+
+
+def _stored(plan: Plan, place: str) -> tuple[str, str]:
+    content = manifest.encode(plan.table)
+    uri = storage.join(place, "manifest.parquet")
+    storage.write_bytes(uri, content)
+    return uri, hashlib.sha256(content).hexdigest()
+
+
+def test_images_are_chosen_by_key_in_any_case_and_folder() -> None:
+    plan = _plan(_listed("B.PNG", "deep/er/c.Tif", "a.png", "notes.txt", "png", "a.png.bak"))
+    assert plan.table["key"].to_pylist() == ["B.PNG", "a.png", "deep/er/c.Tif"]
+    assert (plan.num_listed, plan.num_unchanged, plan.num_others) == (3, 0, 3)
+
+
+def test_what_is_done_is_left_out_and_counted() -> None:
+    names = [identity("s", key, f"etag of {key}", 0, 0, 1, 0) for key in ("a.png", "b.png")]
+    done = Done(np.array(names, "S16"), np.array([True, False]), np.array([0, 2], np.int16))
+    plan = _plan(_listed("a.png", "b.png", "c.png"), done=done)
+    assert plan.table["key"].to_pylist() == ["b.png", "c.png"]
+    assert plan.table["attempts"].to_pylist() == [2, 0]
+    assert (plan.num_listed, plan.num_unchanged) == (3, 1)
+
+
+def test_a_plan_of_nothing_has_no_shards() -> None:
+    assert _plan([]).num_shards == 0
+
+
+@given(
+    sizes=st.lists(st.integers(0, SHARD_BYTES + 5), max_size=60),
+    shard_images=st.integers(1, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_shards_cut_the_sorted_keys_within_their_limits(sizes: list[int], shard_images: int) -> None:
+    listing = [StoredObject(f"{hash(number)}-{number}.png", "e", size) for number, size in enumerate(sizes)]
+    plan = _plan(listing, shard_images)
+    rows = plan.table.to_pylist()
+    assert [row["key"] for row in rows] == sorted((found.key for found in listing), key=str.encode)
+    shards = [row["shard"] for row in rows]
+    assert shards == sorted(shards)
+    assert set(shards) == set(range(plan.num_shards))
+    for shard, number in Counter(shards).items():
+        assert number <= shard_images
+        total = sum(row["size_bytes"] for row in rows if row["shard"] == shard)
+        assert total <= SHARD_BYTES or number == 1
+
+
+def test_the_shards_of_a_manifest_hold_its_rows(place: str) -> None:
+    plan = _plan(_listed(*(f"{number:03d}.png" for number in range(11))), shard_images=4)
+    uri, sha256 = _stored(plan, place)
+    shards = manifest.shards(uri, sha256)
+    assert [(shard.number, shard.start, shard.stop) for shard in shards] == [(0, 0, 4), (1, 4, 8), (2, 8, 11)]
+    rows = [row for shard in shards for row in manifest.read_rows(uri, shard)]
+    assert [row._asdict() for row in rows] == plan.table.to_pylist()
+
+
+def test_a_shard_may_cross_row_groups(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_GROUP", 3)
+    plan = _plan(_listed(*(f"{number:03d}.png" for number in range(10))), shard_images=7)
+    uri, sha256 = _stored(plan, str(tmp_path))
+    keys = [[row.key for row in manifest.read_rows(uri, shard)] for shard in manifest.shards(uri, sha256)]
+    assert keys == [[f"{number:03d}.png" for number in range(7)], ["007.png", "008.png", "009.png"]]
+
+
+def test_a_changed_manifest_is_refused(tmp_path) -> None:
+    uri, sha256 = _stored(_plan(_listed("a.png")), str(tmp_path))
+    _stored(_plan(_listed("b.png")), str(tmp_path))
+    with pytest.raises(StorageError, match="must not be changed"):
+        manifest.shards(uri, sha256)
+
+
+def test_an_identity_tells_source_key_version_and_window_apart() -> None:
+    different = [
+        ("s", "k", "e", 0, 0, 1, 0),
+        ("t", "k", "e", 0, 0, 1, 0),
+        ("s", "l", "e", 0, 0, 1, 0),
+        ("s", "k", "f", 0, 0, 1, 0),
+        ("s", "k", "e", 8, 0, 1, 0),
+        ("s", "k", "e", 0, 0, 2, 0),
+        ("sk", "", "e", 0, 0, 1, 0),
+    ]
+    assert len({identity(*what) for what in different}) == len(different)
+    assert len(identity("s", "k", "e")) == 16

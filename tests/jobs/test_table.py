@@ -1,0 +1,144 @@
+"""What the table says: which images are done, and the newest row of each."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import sink, storage, table
+from jobs.manifest import identity
+from jobs.table import Done, done_before, read_masks
+
+DIGEST = "0123456789" + "f" * 54
+PERMANENT, PASSING = "decode", "gone"
+
+
+@pytest.fixture
+def commit(place: str):
+    """Function: (run, shard, rows by key) -> a part in `place`; a row is None (a mask) or (error, attempts)."""
+
+    def put(run: str, shard: int, rows: dict[str, tuple[str, int] | None], source: str = "s", etag: str = "e") -> None:
+        uri = storage.join(sink.parts_uri(place, DIGEST, run), sink.part_name(shard))
+        content = [_row(key, outcome, source, etag) for key, outcome in rows.items()]
+        sink.commit(uri, content, run=run, manifest_sha256=run, shard=shard, seconds=0, root=place)
+
+    return put
+
+
+def _row(key: str, outcome: tuple[str, int] | None, source: str, etag: str) -> dict:
+    error, attempts = outcome or (None, 1)
+    mask = {"height": 2, "width": 2, "mask_png": b"png", "class_pixels": [3, 1]} if outcome is None else {}
+    return dict.fromkeys(sink.SCHEMA.names) | mask | {
+        "key": key,
+        "source_uri": source,
+        "etag": etag,
+        "window_y": 0,
+        "window_x": 0,
+        "num_windows": 1,
+        "window_px": 0,
+        "level": 1,
+        "model_digest": DIGEST,
+        "seconds": 0.0,
+        "attempts": attempts,
+        "error_code": error,
+        "schema_version": 1,
+    }
+
+
+def _done(place: str, *keys: str, source: str = "s", etag: str = "e", write=("parquet",), **more) -> list[bool]:
+    written = {f"r0000{number}": ("parquet", "png") for number in range(1, 5)} | more.pop("written", {})
+    found = done_before(place, DIGEST, source=source, write=write, written_by_run=written, **more)
+    return found.lookup(_identities(*keys, source=source, etag=etag))[0].tolist()
+
+
+def _identities(*keys: str, source: str = "s", etag: str = "e") -> np.ndarray:
+    return np.array([identity(source, key, etag, 0, 0, 1, 0) for key in keys], "S16")
+
+
+def test_nothing_is_done_where_there_is_no_table(place: str) -> None:
+    assert _done(place, "a") == [False]
+
+
+def test_masks_and_permanent_errors_are_done_and_passing_errors_are_not(place: str, commit) -> None:
+    commit("r00001", 0, {"mask": None, "broken": (PERMANENT, 1), "gone": (PASSING, 1), "gone thrice": (PASSING, 3)})
+    assert _done(place, "mask", "broken", "gone", "gone thrice", "unknown") == [True, True, False, True, False]
+
+
+def test_failed_images_of_this_call_wait_for_the_next(place: str, commit) -> None:
+    commit("r00001", 0, {"gone": (PASSING, 1)})
+    assert _done(place, "gone", waiting={"r00001"}) == [True]
+
+
+def test_the_newest_run_decides(place: str, commit) -> None:
+    commit("r00001", 0, {"a": (PASSING, 1), "b": None})
+    commit("r00002", 0, {"a": None})
+    commit("r00003", 0, {"b": (PASSING, 1)})
+    assert _done(place, "a", "b") == [True, False]
+
+
+def test_attempts_are_those_of_the_newest_row(place: str, commit) -> None:
+    commit("r00001", 0, {"a": (PASSING, 1)})
+    commit("r00002", 0, {"a": (PASSING, 2)})
+    found = done_before(place, DIGEST, source="s", write=["parquet"], written_by_run={"r00002": ["parquet"]})
+    assert found.lookup(_identities("a", "unknown"))[1].tolist() == [2, 0]
+
+
+def test_a_run_that_wrote_less_than_wanted_does_not_count(place: str, commit) -> None:
+    commit("r00001", 0, {"a": None})
+    written = {"r00001": ("parquet",)}
+    assert _done(place, "a", write=("parquet",), written=written) == [True]
+    assert _done(place, "a", write=("parquet", "png"), written=written) == [False]
+
+
+def test_another_version_source_or_model_is_not_done(place: str, commit) -> None:
+    commit("r00001", 0, {"a": None})
+    assert _done(place, "a", etag="other") == [False]
+    assert _done(place, "a", source="other") == [False]
+    other = done_before(place, "9" * 64, source="s", write=[], written_by_run={"r00001": []})
+    assert not other.lookup(_identities("a"))[0].any()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(0, 3)), max_size=80))
+def test_lookup_agrees_with_a_dictionary(newest_first: list[tuple[int, bool, int]]) -> None:
+    oracle: dict[int, tuple[bool, int]] = {}
+    for key, done, attempts in newest_first:
+        oracle.setdefault(key, (done, attempts))
+    found = Done(
+        _identities(*(str(key) for key, _, _ in newest_first)),
+        np.array([done for _, done, _ in newest_first], bool),
+        np.array([attempts for _, _, attempts in newest_first], np.int16),
+    )
+    done, attempts = found.lookup(_identities(*map(str, range(40))))
+    answers = list(zip(done.tolist(), attempts.tolist(), strict=True))
+    assert answers == [oracle.get(key, (False, 0)) for key in range(40)]
+
+
+def test_read_masks_gives_the_newest_row_of_every_image(place: str, commit) -> None:
+    commit("r00001", 0, {"a": None, "b": None})
+    commit("r00001", 1, {"c": None})
+    commit("r00002", 0, {"b": (PERMANENT, 1)}, etag="replaced")
+    commit("r00002", 1, {"a": None}, source="another archive")
+    masks = read_masks(place, DIGEST, ["key", "source_uri", "error_code"]).to_pylist()
+    assert sorted((row["source_uri"], row["key"], row["run"], row["error_code"]) for row in masks) == [
+        ("another archive", "a", "r00002", None),
+        ("s", "a", "r00001", None),
+        ("s", "b", "r00002", PERMANENT),
+        ("s", "c", "r00001", None),
+    ]
+    assert read_masks(place, DIGEST[:10]).num_rows == 4
+    assert read_masks(place, DIGEST).schema.names == [*sink.SCHEMA.names, "run"]
+
+
+def test_read_masks_of_nothing_is_an_empty_table(place: str) -> None:
+    assert read_masks(place, DIGEST).num_rows == 0
+
+
+def test_parts_are_listed_in_order_and_strangers_are_not(place: str, commit) -> None:
+    commit("r00002", 0, {"a": None})
+    commit("r00001", 11, {"a": None})
+    commit("r00001", 2, {"a": None})
+    storage.write_bytes(storage.join(sink.parts_uri(place, DIGEST, "r00001"), "notes.txt"), b"")
+    parts = table.list_parts(place, DIGEST)
+    assert [(part.run, part.shard) for part in parts] == [("r00001", 2), ("r00001", 11), ("r00002", 0)]
+    assert [part.shard for part in table.list_parts(place, DIGEST, "r00001")] == [2, 11]
+    assert [footer.shard for footer in table.read_footers(parts)] == [2, 11, 0]
