@@ -78,7 +78,8 @@ class TrainOptions(Frozen):
             raise ValueError("group_weights needs balance_by, the column that names the groups")
         if self.head_weights is not None and set(self.head_weights) != set(self.model.head_levels):
             raise ValueError(
-                f"head_weights names levels {sorted(self.head_weights)}, the model has heads {list(self.model.head_levels)}"
+                f"head_weights names levels {sorted(self.head_weights)}, "
+                f"the model has heads {list(self.model.head_levels)}"
             )
         return self
 

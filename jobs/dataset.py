@@ -67,7 +67,7 @@ class LabelledImage:
 
 
 def open_labelled_set(uri: str) -> LabelledSet:
-    """List a labelled data set and pair its files. ConfigError where images, masks or rows of splits.csv lack a partner."""
+    """List a labelled set and pair its files. ConfigError where images, masks or rows of splits.csv lack a partner."""
     listing = {entry.key: entry.etag for entry in storage.list_objects(uri)}
     images, masks = _by_id(uri, listing, "images"), _by_id(uri, listing, "masks")
     if not images:
@@ -150,8 +150,8 @@ def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
         target_HW = (target_HW > 0).astype(np.uint8)
     elif int(target_HW.max()) >= model.num_classes:
         raise ConfigError(
-            f"mask {sample.mask_uri} holds class {int(target_HW.max())}, the model has classes 0..{model.num_classes - 1}; "
-            "raise model.num_classes or mend the mask"
+            f"mask {sample.mask_uri} holds class {int(target_HW.max())}, "
+            f"the model has classes 0..{model.num_classes - 1}; raise model.num_classes or mend the mask"
         )
     return LabelledImage(sample, image_HWC, target_HW)
 

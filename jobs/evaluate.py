@@ -35,7 +35,7 @@ CHUNK_IMAGES = 64
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
-    """Evaluate; write metrics.json, levels.csv and frontier.png to `output` and, if asked, the scores into the model."""
+    """Evaluate; write metrics.json, levels.csv, frontier.png to `output` and, if asked, the scores into the model."""
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -154,10 +154,9 @@ def _write_outputs(output: str, result: EvaluateResult) -> None:
     storage.write_bytes(storage.join(output, "metrics.json"), result.model_dump_json(indent=2).encode())
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(
-        ["output", "group", "images", "mean_iou", "iou_low", "iou_high", "mean_dice", "pooled_iou"]
-        + ["parameters", "gmacs_per_megapixel", "seconds_per_megapixel"]
-    )
+    quality_columns = ["mean_iou", "iou_low", "iou_high", "mean_dice", "pooled_iou"]
+    cost_columns = ["parameters", "gmacs_per_megapixel", "seconds_per_megapixel"]
+    writer.writerow(["output", "group", "images", *quality_columns, *cost_columns])
     for report in result.reports:
         cost = [report.num_parameters, report.gmacs_per_megapixel, report.seconds_per_megapixel]
         for group, score in {"": report.score, **report.groups}.items():

@@ -1,4 +1,4 @@
-"""How this project's log lines look: one line an event on stderr, ours from INFO. Set by processes, never by imports."""
+"""How this project's log lines look: one line an event on stderr, ours from INFO. Set by processes, not by imports."""
 
 import logging
 

@@ -7,7 +7,7 @@ from unetpp.errors import ModelError
 
 
 def fetch_model(uri: str) -> Path:
-    """A local folder with the model at `uri`, copied once per content when it is remote. ModelError where there is none."""
+    """A local folder with the model at `uri`, copied once per content if remote. ModelError where there is none."""
     try:
         return storage.download_folder(uri)
     except FileNotFoundError:

@@ -128,9 +128,7 @@ class S3:
         try:
             self._retried(
                 uri,
-                lambda: self._client._call_s3(
-                    "put_object", Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"
-                ),
+                lambda: self._client._call_s3("put_object", Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"),
             )
         except _Refused as refused:
             if refused.status == 412:
@@ -269,7 +267,8 @@ def _no_answer(uri: str, error: Exception) -> Exception:
         case EndpointConnectionError():
             address = urlsplit(error.kwargs.get("endpoint_url", ""))
             return StorageError(
-                f"no answer from {address.scheme}://{address.netloc} (for {uri}): check AWS_ENDPOINT_URL and the network"
+                f"no answer from {address.scheme}://{address.netloc} (for {uri}): "
+                "check AWS_ENDPOINT_URL and the network"
             )
         case ValueError():
             return ConfigError(f"{uri}: {error}; check AWS_ENDPOINT_URL and the bucket's name")

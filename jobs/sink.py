@@ -167,9 +167,7 @@ def encode_part(rows: Sequence[dict[str, Any]], footer: Footer) -> bytes:
     """A part's bytes; `rows` have the columns of SCHEMA."""
     schema = SCHEMA.with_metadata({_FOOTER_KEY: footer.model_dump_json()})
     sink = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist(list(rows), schema), sink, compression=COMPRESSION, use_dictionary=DICTIONARIES
-    )
+    pq.write_table(pa.Table.from_pylist(list(rows), schema), sink, compression=COMPRESSION, use_dictionary=DICTIONARIES)
     return sink.getvalue()
 
 

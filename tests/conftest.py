@@ -78,9 +78,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 def _write_s3_accounts(path: Path) -> None:
     credentials = [{"accessKey": "key-of-the-tests", "secretKey": "canary-secret-of-the-tests"}]
     everything = ["Admin", "Read", "Write", "List", "Tagging"]
-    path.write_text(
-        json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": everything}]})
-    )
+    path.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": everything}]}))
 
 
 def _free_ports(number: int) -> list[int]:
@@ -156,7 +154,7 @@ class FlakyServer:
 
     def __init__(self) -> None:
         self.answers: list[bytes] = []
-        self.last = b"HTTP/1.1 200 OK\r\nETag: \"tag\"\r\nContent-Length: 7\r\n\r\ncontent"
+        self.last = b'HTTP/1.1 200 OK\r\nETag: "tag"\r\nContent-Length: 7\r\n\r\ncontent'
         self.requests: list[str] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -134,7 +134,8 @@ def model_card(model: UNetPlusPlus, pretrained: Pretrained) -> str:
         f"# UNet++ L{config.level}",
         "",
         f"{count_parameters(model):,} parameters, filters {config.filters[: config.level + 1]}, norm {config.norm}, "
-        f"upsampling {config.upsample}, input {config.in_channels} channel(s), classes {', '.join(pretrained.classes)}.",
+        f"upsampling {config.upsample}, input {config.in_channels} channel(s), "
+        f"classes {', '.join(pretrained.classes)}.",
         f"Heads at levels {', '.join(f'L{level}' for level in config.head_levels)}. Licence: {pretrained.licence}.",
         "",
     ]
@@ -146,7 +147,8 @@ def model_card(model: UNetPlusPlus, pretrained: Pretrained) -> str:
         for name, score in pretrained.scores.items():
             low, high = score.mean_iou_interval
             lines.append(
-                f"| {name} | {score.num_images} ({score.split or 'all'}) | {score.mean_iou:.4f} | {low:.4f} to {high:.4f} "
+                f"| {name} | {score.num_images} ({score.split or 'all'}) "
+                f"| {score.mean_iou:.4f} | {low:.4f} to {high:.4f} "
                 f"| {score.num_parameters:,} | {score.gmacs_per_megapixel:.1f} | {score.seconds_per_megapixel:.3f} |"
             )
         lines += ["", "Seconds are of the machine that evaluated; compare them with each other only.", ""]

@@ -25,7 +25,7 @@ Tiles = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 class TileStats:
     """What a tile's logits say about its mask, over the core.
 
-    finite: no NaN or infinity. margin: mean distance between the two best classes' probabilities, 0 (a coin) .. 1 (sure).
+    finite: no NaN or infinity. margin: mean distance of the two best classes' probabilities, 0 (a coin) .. 1 (sure).
     """
 
     finite: bool
@@ -105,7 +105,7 @@ class TorchEngine:
 
 
 def fold_batch_norm(model: UNetPlusPlus) -> UNetPlusPlus:
-    """A copy in eval mode whose BatchNorms are folded into the convolutions before them; outputs agree to about 1e-7."""
+    """A copy in eval mode with its BatchNorms folded into the convolutions before them; outputs agree to about 1e-7."""
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     for name, node in folded.nodes.items():
         assert isinstance(node, Node)

@@ -13,7 +13,7 @@ Values = Sequence[float] | NDArray[np.float64]
 
 
 def confusion_counts(mask_HW: NDArray[np.uint8], target_HW: NDArray[np.uint8], num_classes: int) -> Counts:
-    """Counts of each foreground class: class 1 alone for binary masks (num_classes 1), else classes 1..num_classes-1."""
+    """Counts of each foreground class: 1 alone for binary masks (num_classes 1), else 1..num_classes-1."""
     classes = range(1, max(num_classes, 2))
     return np.array(
         [

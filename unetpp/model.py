@@ -125,9 +125,8 @@ class UNetPlusPlus(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     """He et al. 2015 for convolutions before a ReLU; unit gain for the others, whose outputs are not rectified."""
-    if isinstance(module, nn.ConvTranspose2d):  # stride = kernel: an output pixel sees each input channel once
-        nn.init.normal_(module.weight, std=module.in_channels**-0.5)
-    elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+    if isinstance(module, nn.ConvTranspose2d) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+        # A transposed convolution's stride is its kernel: an output pixel sees each input channel once.
         nn.init.normal_(module.weight, std=module.in_channels**-0.5)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")

@@ -58,13 +58,13 @@ class Predictor:
     ) -> Self:
         """Load a model folder, pruned to `level` (default: its deepest).
 
-        ModelError for a folder that is no model; ConfigError for a level without a head, or accurate mode with one head.
+        ModelError for a folder that is no model; ConfigError for a level without a head or accurate mode with one head.
         """
         model = from_pretrained(model_dir, level, keep_heads=mode == "accurate")
         config = model.config
         if mode == "accurate" and config.head_levels != tuple(range(1, config.level + 1)):
             raise ConfigError(
-                f"accurate mode averages the heads of every level, this model has heads {list(config.head_levels)} only; "
+                f"accurate mode averages the heads of every level, this model has {list(config.head_levels)} only; "
                 "take the unpruned model, or mode fast"
             )
         if mode == "fast" and len(config.head_levels) > 1:

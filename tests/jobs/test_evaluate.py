@@ -92,7 +92,7 @@ def test_the_table_the_plot_and_the_card_are_written(model_dir: Path, data_dir: 
 
 
 def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="group_by is 'stain'; splits.csv has the columns modality"):
+    with pytest.raises(ConfigError, match=r"group_by is 'stain'; splits\.csv has the columns modality"):
         evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), group_by="stain"))
 
 

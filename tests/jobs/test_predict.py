@@ -117,7 +117,9 @@ def test_a_folder_and_s3_give_the_same_masks(segment, images: Path, tiny_model: 
     here = segment()
     there = segment(model=f"{s3_prefix}/model", input=f"{s3_prefix}/images", output=f"{s3_prefix}/out")
     same = ("key", "mask_png", "class_pixels", "height", "width", "uncertainty", "model_digest")
-    assert [[row[name] for name in same] for row in _rows(there)] == [[row[name] for name in same] for row in _rows(here)]
+    assert [[row[name] for name in same] for row in _rows(there)] == [
+        [row[name] for name in same] for row in _rows(here)
+    ]
     for row in _rows(there):
         assert storage.read_bytes(row["mask_uri"]) == row["mask_png"]
     assert segment(model=f"{s3_prefix}/model", input=f"{s3_prefix}/images", output=f"{s3_prefix}/out").runs == ()
@@ -199,7 +201,9 @@ def test_an_image_above_the_cap_is_a_row(segment) -> None:
 def test_a_network_that_gives_nan_makes_numeric_rows(segment, tiny_model: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
-    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, broken / "model.safetensors")
+    save_file(
+        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, broken / "model.safetensors"
+    )
     assert segment(model=str(broken)).failures == {"numeric": NUM_IMAGES}
 
 
@@ -238,7 +242,13 @@ def test_what_breaks_on_one_image_does_not_break_its_batch() -> None:
     ]
     items.insert(2, Item(items[0].row, None, ImageError("decode", "cut short"), 0.0))
     outcomes = list(predict_shard(predictor, items))
-    assert [outcome.error.code if outcome.error else None for outcome in outcomes] == [None, "crash", "decode", None, None]
+    assert [outcome.error.code if outcome.error else None for outcome in outcomes] == [
+        None,
+        "crash",
+        "decode",
+        None,
+        None,
+    ]
     masks = [outcome.prediction.mask_HW.max() for outcome in outcomes if outcome.prediction]
     assert masks == [0, 1, 0]
 
@@ -407,7 +417,9 @@ def test_two_drivers_at_once_make_one_run(words, run_unetpp, tmp_path: Path, man
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so_and_goes_on_later(words, run_unetpp, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_says_so_and_goes_on_later(
+    words, run_unetpp, tmp_path: Path, number: signal.Signals
+) -> None:
     result_file = tmp_path / "result.json"
     process = run_unetpp(*words, "--result", str(result_file))
     _wait_for_a_part(tmp_path / "out", process)

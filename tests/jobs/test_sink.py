@@ -70,9 +70,7 @@ def test_a_window_has_its_place_in_the_name() -> None:
 
 @given(KEYS, KEYS, WINDOWS, WINDOWS)
 def test_no_two_images_share_a_name(one: str, other: str, window: tuple | None, other_window: tuple | None) -> None:
-    assert (sink.png_key(one, window) == sink.png_key(other, other_window)) == (
-        (one, window) == (other, other_window)
-    )
+    assert (sink.png_key(one, window) == sink.png_key(other, other_window)) == ((one, window) == (other, other_window))
 
 
 @given(LONG_KEYS, LONG_KEYS)

@@ -28,21 +28,25 @@ def commit(place: str):
 def _row(key: str, outcome: tuple[str, int] | None, source: str, etag: str) -> dict:
     error, attempts = outcome or (None, 1)
     mask = {"height": 2, "width": 2, "mask_png": b"png", "class_pixels": [3, 1]} if outcome is None else {}
-    return dict.fromkeys(sink.SCHEMA.names) | mask | {
-        "key": key,
-        "source_uri": source,
-        "etag": etag,
-        "window_y": 0,
-        "window_x": 0,
-        "num_windows": 1,
-        "window_px": 0,
-        "level": 1,
-        "model_digest": DIGEST,
-        "seconds": 0.0,
-        "attempts": attempts,
-        "error_code": error,
-        "schema_version": 1,
-    }
+    return (
+        dict.fromkeys(sink.SCHEMA.names)
+        | mask
+        | {
+            "key": key,
+            "source_uri": source,
+            "etag": etag,
+            "window_y": 0,
+            "window_x": 0,
+            "num_windows": 1,
+            "window_px": 0,
+            "level": 1,
+            "model_digest": DIGEST,
+            "seconds": 0.0,
+            "attempts": attempts,
+            "error_code": error,
+            "schema_version": 1,
+        }
+    )
 
 
 def _done(place: str, *keys: str, source: str = "s", etag: str = "e", write=("parquet",), **more) -> list[bool]:

@@ -85,7 +85,7 @@ def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_p
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the loss became .*; lower learning_rate"):
+    with pytest.raises(ConfigError, match=r"the loss became .*; lower learning_rate"):
         run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0))
 
 

@@ -58,7 +58,7 @@ def test_the_card_carries_scores_and_history(model: UNetPlusPlus, tmp_path: Path
 
 
 def test_an_absent_folder_is_a_model_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model at .*nowhere"):
+    with pytest.raises(ModelError, match=r"no model at .*nowhere"):
         from_pretrained(tmp_path / "nowhere")
 
 
