@@ -67,22 +67,26 @@ def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, diges
         model=model_uri,
         data=config.data,
         split=config.train.val_split,
-        output=storage.join(config.work, "evaluate", digest[:10]),
+        output=_evaluation_uri(config, labelled, digest),
         group_by=config.group_by,
     )
     return _once(config.work, "evaluate", _key(job, digest, labelled), job, EvaluateResult)
 
 
+def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
+    measured_on = fingerprint({"labelled": labelled, "split": config.train.val_split})
+    return storage.join(config.work, "evaluate", f"{digest[:10]}-{measured_on[:6]}")
+
+
 @task(name="prune", cache_policy=NO_CACHE)
 def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult) -> PruneResult:
-    """Keep the cheapest level that is within the tolerance on the validation split."""
+    """Keep the cheapest level that is within the tolerance by what `evaluate_stage` measured."""
     job = PruneConfig(
         model=trained.model_uri,
         out=storage.join(config.work, "prune", trained.digest[:10]),
         tolerance=config.tolerance,
         confidence=config.confidence,
-        data=config.data,
-        split=config.train.val_split,
+        metrics=storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json"),
     )
     return _once(config.work, "prune", _key(job, trained.digest, labelled), job, PruneResult)
 

@@ -1,6 +1,7 @@
 """The Ray that a job runs on: the cluster it was sent to, else a private one on this machine."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,19 +21,21 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     never one that happens to run here, with at least `num_cpus` logical CPUs; it ends with the block.
     """
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    # A private cluster asks for a token by itself, and says so as a warning; its log format is not ours.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     import ray
 
     if ray.is_initialized():
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="WARNING")
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),
             include_dashboard=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
             log_to_driver=False,
         )
     try:

@@ -181,6 +181,9 @@ class PruneConfig(Frozen):
     )
     data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
     split: str | None = Field("val", description="rows of splits.csv to choose on")
+    metrics: str | None = Field(
+        None, description="metrics.json of an evaluation of this model to choose by, instead of data"
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95, description="one-sided confidence, over images, that the loss is within the tolerance"
     )
@@ -193,8 +196,8 @@ class PruneConfig(Frozen):
     def _one_way(self) -> Self:
         if (self.level is None) == (self.tolerance is None):
             raise ValueError("give either level, or tolerance with data")
-        if self.tolerance is not None and self.data is None:
-            raise ValueError("tolerance needs data, a labelled data set to choose the level on")
+        if self.tolerance is not None and (self.data is None) == (self.metrics is None):
+            raise ValueError("tolerance needs data, a labelled set to choose the level on, or an evaluation's metrics")
         return self
 
 

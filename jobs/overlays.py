@@ -23,8 +23,9 @@ def thumbnail(image_HWC: Image) -> Pillow.Image:
     Values of other types are stretched between their 0.5 and 99.5 percentiles, since screens show 8 bits.
     """
     if image_HWC.dtype != np.uint8:
-        low, high = np.percentile(image_HWC, (0.5, 99.5))
-        scaled = (image_HWC.astype(np.float32) - low) / max(float(high - low), 1e-9)
+        values_HWC = image_HWC.astype(np.float32)
+        low, high = np.percentile(values_HWC, (0.5, 99.5))
+        scaled = (values_HWC - low) / max(float(high - low), 1e-9)
         image_HWC = np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
     rgb_HW3 = np.repeat(image_HWC[..., :1], 3, axis=2) if image_HWC.shape[2] < 3 else image_HWC[..., :3]
     picture = Pillow.fromarray(np.ascontiguousarray(rgb_HW3))

@@ -8,13 +8,15 @@ import logging
 import tempfile
 
 import numpy as np
+from pydantic import ValidationError
 
 from jobs import storage
-from jobs.contract import EvaluateConfig, LevelChoice, PruneConfig, PruneResult
+from jobs.contract import EvaluateConfig, EvaluateResult, LevelChoice, PruneConfig, PruneResult
 from jobs.evaluate import level_scores
 from jobs.evaluate import run as evaluate
 from jobs.models import fetch_model
 from unetpp.checkpoint import digest, from_pretrained, read_pretrained, save_pretrained
+from unetpp.errors import ConfigError
 from unetpp.metrics import loss_upper_bound
 from unetpp.prune import prune
 
@@ -24,27 +26,18 @@ logger = logging.getLogger(__name__)
 def run(config: PruneConfig) -> PruneResult:
     """Choose the level if none is given, and write the pruned model folder to `out`."""
     model_dir = fetch_model(config.model)
-    pretrained = read_pretrained(model_dir)
+    pretrained, model = read_pretrained(model_dir), from_pretrained(model_dir)
     scores = pretrained.scores
     choices: tuple[LevelChoice, ...] = ()
     level = config.level
-    if config.tolerance is not None and config.data is not None:
-        evaluated = evaluate(
-            EvaluateConfig(
-                model=config.model,
-                data=config.data,
-                split=config.split,
-                num_bootstrap=config.num_bootstrap,
-                seed=config.seed,
-                threads=config.threads,
-            )
-        )
+    if config.tolerance is not None:
+        evaluated = _evaluated(config, digest(model))
         scores = level_scores(evaluated)
         image_iou = {level: evaluated.image_iou[f"L{level}"] for level in pretrained.model.head_levels}
         choices = compare_levels(image_iou, config)
         level = choose_level(choices)
     assert level is not None, "the config asks for a level or a tolerance"
-    pruned = prune(from_pretrained(model_dir), level)
+    pruned = prune(model, level)
     kept = {name: score for name, score in scores.items() if name == f"L{level}"}
     history = {**pretrained.training, "pruned_from": pretrained.model.level}
     if choices:
@@ -58,6 +51,32 @@ def run(config: PruneConfig) -> PruneResult:
         storage.upload_folder(pruned_dir, config.out, last="config.json")
     logger.info("kept L%d at %s", level, config.out)
     return PruneResult(model_uri=config.out, digest=digest(pruned), level=level, choices=choices)
+
+
+def _evaluated(config: PruneConfig, model_digest: str) -> EvaluateResult:
+    """The measurements to choose by: those of `metrics`, else made now on `data`."""
+    if config.metrics is None:
+        assert config.data is not None, "the config asks for data or metrics"
+        return evaluate(
+            EvaluateConfig(
+                model=config.model,
+                data=config.data,
+                split=config.split,
+                num_bootstrap=config.num_bootstrap,
+                seed=config.seed,
+                threads=config.threads,
+            )
+        )
+    try:
+        evaluated = EvaluateResult.model_validate_json(storage.read_bytes(config.metrics))
+    except (FileNotFoundError, ValidationError) as error:
+        raise ConfigError(f"{config.metrics} is not the metrics.json of an evaluation: {error}") from None
+    if evaluated.digest != model_digest:
+        raise ConfigError(
+            f"{config.metrics} measured model {evaluated.digest[:10]}, not {model_digest[:10]} at {config.model}: "
+            "evaluate that one"
+        )
+    return evaluated
 
 
 def compare_levels(image_iou: dict[int, tuple[float, ...]], config: PruneConfig) -> tuple[LevelChoice, ...]:

@@ -70,7 +70,7 @@ def run(config: TrainConfig) -> TrainResult:
     with local_ray(num_cpus=config.num_workers * _threads(config)):
         fitted = _fit(config, run_uri, train, val, steps_per_epoch)
         model_uri = storage.join(run_uri, "model")
-        best_checkpoint, best = max(fitted.best_checkpoints, key=lambda pair: pair[1]["val_mean_iou"])
+        best_checkpoint, best = max(fitted.best_checkpoints or (), key=lambda pair: pair[1]["val_mean_iou"])
         model_digest = _export(config, labelled, best_checkpoint, best, model_uri)
     result = TrainResult(
         run=name,
@@ -180,7 +180,7 @@ def _validate(
     names += ["accurate"] if len(names) > 1 else []
     sums = torch.zeros(len(names), dtype=torch.float64)
     for image in images:
-        masks = masks_by_level(model, image.image_HWC)  # type: ignore[arg-type]
+        masks = masks_by_level(model, image.image_HWC)
         sums += torch.tensor(
             [iou(confusion_counts(masks[name], image.target_HW, model.config.num_classes)) for name in names]
         )
@@ -208,7 +208,8 @@ def _export(
     with checkpoint.as_directory() as checkpoint_dir:
         saved = torch.load(Path(checkpoint_dir) / STATE, map_location="cpu", weights_only=True)
     average.load_state_dict(saved["average"])
-    exported = average.module.eval()
+    model.load_state_dict(average.module.state_dict())
+    model.eval()
     training = {
         "config": config.model_dump(mode="json", exclude={"model", "result"}),
         "data_fingerprint": labelled.fingerprint,
@@ -217,9 +218,9 @@ def _export(
         "val_iou": metrics["val_iou"],
     }
     with tempfile.TemporaryDirectory() as model_dir:
-        save_pretrained(exported, model_dir, Pretrained(model=config.model, training=training))
+        save_pretrained(model, model_dir, Pretrained(model=config.model, training=training))
         storage.upload_folder(model_dir, model_uri, last="config.json")
-    return digest(exported)
+    return digest(model)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _change_values(image_HWC: Image, config: AugmentConfig, rng: np.random.Gener
         image_HWC = np.broadcast_to(image_HWC.mean(2, keepdims=True), image_HWC.shape)
     image_HWC = image_HWC ** np.float32(log_uniform(config.gamma, rng))
     gain_C = rng.uniform(1 - config.channel_jitter, 1 + config.channel_jitter, image_HWC.shape[2])
-    image_HWC = image_HWC * (gain_C * log_uniform(config.brightness, rng)).astype(np.float32)
+    image_HWC = image_HWC * np.asarray(gain_C * log_uniform(config.brightness, rng), np.float32)
     if config.blur_sigma > 0 and rng.random() < 0.25:
         sigma = rng.uniform(0, config.blur_sigma)
         image_HWC = ndimage.gaussian_filter(image_HWC, (sigma, sigma, 0))

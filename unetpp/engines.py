@@ -18,7 +18,8 @@ from unetpp.model import Node, UNetPlusPlus
 
 Mode = Literal["fast", "accurate"]
 
-Tiles = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
+Pixels = NDArray[np.generic]
+"""File values: uint8, uint16 or float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Engine(Protocol):
     batch_tiles: int
     """Tiles a forward that are worth their memory; 1 on CPU, where a mask then never depends on its neighbours."""
 
-    def __call__(self, tiles_BHWC: Tiles, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
         """Class ids masks_BHW of the core, and one TileStats a tile; values are file values, not yet scaled."""
 
 
@@ -89,7 +90,7 @@ class TorchEngine:
         self._model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def __call__(self, tiles_BHWC: Tiles, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
         """See `Engine`."""
         tiles = torch.from_numpy(np.ascontiguousarray(tiles_BHWC)).to(self.device, non_blocking=True)
         logits = {level: head[:, :, *core] for level, head in self._model(scale(tiles, self.config)).items()}

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from unetpp import tiles
 from unetpp.checkpoint import digest, from_pretrained
 from unetpp.config import Level, ModelConfig
-from unetpp.engines import Engine, Mode, TileStats, TorchEngine, decide, probabilities, scale
+from unetpp.engines import Engine, Mode, Pixels, TileStats, TorchEngine, decide, probabilities, scale
 from unetpp.errors import ConfigError
 from unetpp.images import to_channels
 from unetpp.model import UNetPlusPlus
 from unetpp.prune import prune
 
 EngineName = Literal["torch"]
-Image = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
+Image = Pixels
+"""HW or HWC: uint8, uint16 or float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def test_a_job_hands_back_its_result(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_a_failed_job_keeps_its_exit_code_and_last_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = PredictConfig(model=str(tmp_path / "absent"), input=str(tmp_path), output=str(tmp_path / "out"))
+    config = PredictConfig(model=str(tmp_path / "absent"), input=str(tmp_path / "in"), output=str(tmp_path / "out"))
     with pytest.raises(JobError) as failed:
         run_job("predict", config, PredictResult)
     assert failed.value.exit_code == ExitCode.MODEL

@@ -156,3 +156,21 @@ def test_the_pruned_model_is_a_model(way: dict[str, float], model_dir: Path, dat
         assert list(pruned.scores) == ["L1"]
     with pytest.raises(ConfigError):
         prune(PruneConfig(model=str(tmp_path / "pruned"), out=str(tmp_path / "again"), level=3))
+
+
+def test_an_evaluation_serves_the_choice_as_well_as_its_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), split="train", output=str(tmp_path)))
+    asked = {"model": str(model_dir), "tolerance": 0.01, "out": str(tmp_path / "pruned")}
+    by_data = prune(PruneConfig.model_validate(asked | {"data": str(data_dir), "split": "train"}))
+    assert prune(PruneConfig.model_validate(asked | {"metrics": str(tmp_path / "metrics.json")})) == by_data
+
+
+def test_an_evaluation_of_another_model_is_refused(
+    model_dir: Path, tiny_model: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    evaluate(EvaluateConfig(model=str(tiny_model), data=str(data_dir), split="train", output=str(tmp_path)))
+    metrics = str(tmp_path / "metrics.json")
+    with pytest.raises(ConfigError, match=r"measured model .*evaluate that one"):
+        prune(PruneConfig(model=str(model_dir), tolerance=0.01, metrics=metrics, out=str(tmp_path / "pruned")))
+    with pytest.raises(ConfigError, match="is not the metrics"):
+        prune(PruneConfig(model=str(model_dir), tolerance=0.01, metrics=metrics + "x", out=str(tmp_path / "pruned")))

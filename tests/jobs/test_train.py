@@ -1,6 +1,9 @@
 """Training on a real Ray: it learns, resumes by name, starts anew when something changed, and adds up over workers."""
 
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,19 +63,37 @@ def test_two_workers_train_a_model_that_can_be_pruned_and_a_second_call_does_not
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
+    data_dir: Path,
+    tmp_path: Path,
+    run_unetpp: Callable[..., subprocess.Popen[str]],
+    kill_tree: Callable[[subprocess.Popen[str]], None],
 ) -> None:
-    """The driver dies after training, before the export: the next call exports what an undisturbed run gives."""
-    undisturbed = run(config(data_dir, tmp_path / "undisturbed"))
-    asked = config(data_dir, tmp_path / "disturbed")
-    with monkeypatch.context() as patch:
-        patch.setattr("jobs.train._export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(asked)
+    asked = config(data_dir, tmp_path / "disturbed", epochs=12)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(asked.model_dump_json())
+    process = run_unetpp("train", "--config", config_file)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("disturbed/*/checkpoints/epoch_0001/state.pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    kill_tree(process)
+    assert not list(tmp_path.glob("disturbed/*/result.json")), "the kill came too late"
     resumed = run(asked)
+    undisturbed = run(config(data_dir, tmp_path / "undisturbed", epochs=12))
     assert resumed.digest == undisturbed.digest
     assert resumed.val_iou == undisturbed.val_iou
+
+
+def test_two_workers_equal_one(data_dir: Path, tmp_path: Path) -> None:
+    """Without BatchNorm, whose statistics are a worker's own, the workers' mean gradient is the whole batch's."""
+    model = {"level": 1, "filters": [4, 8], "norm": "none"}
+    results = [
+        run(config(data_dir, tmp_path / str(number), model=model, num_workers=number, epochs=1)) for number in (1, 2)
+    ]
+    one, two = (from_pretrained(result.model_uri).state_dict() for result in results)
+    for name, weights in one.items():
+        torch.testing.assert_close(weights, two[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:
