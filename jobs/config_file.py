@@ -5,13 +5,15 @@ a wrong value reads the same wherever it was written.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from jobs.config_schema import Schema, allowed, schema_at, schema_of
 from unetpp.errors import ConfigError
@@ -72,6 +74,40 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 def write_yaml(config: BaseModel) -> str:
     """Return the config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_command(job: str, config: BaseModel) -> str:
+    """Return the `unetpp` command line that gives this config: what must be said, then what is not the default."""
+    required, changed = [], []
+    for path, value, default in _leaves(config):
+        if value == default:
+            continue
+        dotted = ".".join(path).replace("_", "-")
+        if value is None or isinstance(value, bool | dict):
+            words = ["--set", f"{'.'.join(path)}={json.dumps(value)}"]
+        else:
+            words = [
+                word for each in (value if isinstance(value, list) else [value]) for word in (f"--{dotted}", str(each))
+            ]
+        (required if default is _NONE_GIVEN else changed).extend(words)
+    return shlex.join(["unetpp", job, *required, *changed])
+
+
+_NONE_GIVEN = object()
+
+
+def _leaves(config: BaseModel) -> Iterator[tuple[KeyPath, Any, Any]]:
+    """(key path, value, default) of every value, in plain JSON types; sections are entered."""
+    plain = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from (((name, *path), leaf, default) for path, leaf, default in _leaves(value))
+            continue
+        default = (
+            _NONE_GIVEN if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+        )
+        yield (name,), plain[name], default
 
 
 def parse_setting(setting: str) -> tuple[KeyPath, object]:

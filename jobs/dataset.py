@@ -137,7 +137,7 @@ def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
     try:
         image_HWC = to_channels(decode_image(storage.read_bytes(uri), max_pixels=MAX_PIXELS), model.in_channels)
         uri = sample.mask_uri
-        target_HW = decode_mask(storage.read_bytes(uri))
+        target_HW = decode_mask(storage.read_bytes(uri), model.num_classes, max_pixels=MAX_PIXELS)
     except ImageError as error:
         raise ConfigError(f"{uri} cannot be used: {error.detail}; replace it, or take it out of the set") from None
     if image_HWC.shape[:2] != target_HW.shape:
@@ -145,13 +145,6 @@ def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
         raise ConfigError(
             f"mask {sample.mask_uri} is {mask_height} x {mask_width} pixels, its image {sample.image_uri} is "
             f"{height} x {width} (height x width); they must be equal"
-        )
-    if model.num_classes == 1:
-        target_HW = (target_HW > 0).astype(np.uint8)
-    elif int(target_HW.max()) >= model.num_classes:
-        raise ConfigError(
-            f"mask {sample.mask_uri} holds class {int(target_HW.max())}, "
-            f"the model has classes 0..{model.num_classes - 1}; raise model.num_classes or mend the mask"
         )
     return LabelledImage(sample, image_HWC, target_HW)
 

@@ -38,7 +38,6 @@ def run(config: PruneConfig) -> PruneResult:
         level = choose_level(choices)
     assert level is not None, "the config asks for a level or a tolerance"
     pruned = prune(model, level)
-    kept = {name: score for name, score in scores.items() if name == f"L{level}"}
     history = {**pretrained.training, "pruned_from": pretrained.model.level}
     if choices:
         history["level_choice"] = {
@@ -47,7 +46,7 @@ def run(config: PruneConfig) -> PruneResult:
             "levels": [choice.model_dump(mode="json") for choice in choices],
         }
     with tempfile.TemporaryDirectory() as pruned_dir:
-        save_pretrained(pruned, pruned_dir, pretrained.model_copy(update={"scores": kept, "training": history}))
+        save_pretrained(pruned, pruned_dir, pretrained.model_copy(update={"scores": scores, "training": history}))
         storage.upload_folder(pruned_dir, config.out, last="config.json")
     logger.info("kept L%d at %s", level, config.out)
     return PruneResult(model_uri=config.out, digest=digest(pruned), level=level, choices=choices)

@@ -7,7 +7,6 @@
 """
 
 import hashlib
-import shlex
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from jobs import manifest, sink, storage, table
+from jobs.config_file import write_command
 from jobs.contract import PredictConfig, fingerprint
 from jobs.manifest import Shard
 from unetpp.errors import ConfigError, StorageError
@@ -198,17 +198,8 @@ def _read_record(archive: Archive, run: str) -> RunRecord:
 
 
 def _unfinished(record: RunRecord, num_pending: int) -> str:
-    config = PredictConfig.model_validate(record.config)
-    words = ["unetpp", "predict", "--model", config.model, "--input", config.input, "--output", config.output]
-    defaults = PredictConfig(model="m", input="i", output="o")
-    for name in ("level", "mode", "shard_images"):
-        if getattr(config, name) != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    if config.write != defaults.write:
-        words += ["--write", ",".join(config.write)]
-    if config.include != defaults.include:
-        words += [word for glob in config.include for word in ("--include", glob)]
+    config = PredictConfig.model_validate(record.config | {"result": None})
     return (
         f"run {record.run} of the same input, output and model is not finished ({num_pending} of {record.num_shards} "
-        f"shards are left) and was started with other settings. Finish it first:\n{shlex.join(words)}"
+        f"shards are left) and was started with other settings. Finish it first:\n{write_command('predict', config)}"
     )

@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from jobs import storage
 from jobs.cluster import local_ray
+from jobs.config_file import write_command
 from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_labelled_set
 from jobs.training import Progress, TrainingState, logged
@@ -211,6 +212,8 @@ def _export(
     model.load_state_dict(average.module.state_dict())
     model.eval()
     training = {
+        "command": write_command("train", config.model_copy(update={"result": None})),
+        "seed": config.seed,
         "config": config.model_dump(mode="json", exclude={"model", "result"}),
         "data_fingerprint": labelled.fingerprint,
         "num_training_images": len(labelled.split(config.train_split)),

@@ -41,7 +41,9 @@ class Pretrained(Frozen):
     format_version: int = 1
     model: ModelConfig
     classes: tuple[str, ...] = ("background", "foreground")
-    scores: dict[str, LevelScore] = Field({}, description="by level name: L1, L2, ..., accurate")
+    scores: dict[str, LevelScore] = Field(
+        {}, description="by level name: L1, L2, ..., accurate; of a pruned model also the levels it was chosen from"
+    )
     training: dict[str, object] = Field({}, description="command, seed, data and settings that made the weights")
     licence: str = "unstated"
 
@@ -141,18 +143,29 @@ def model_card(model: UNetPlusPlus, pretrained: Pretrained) -> str:
     ]
     if pretrained.scores:
         lines += [
-            "| level | images | mean IoU | 95 % interval | parameters | GMAC / MP | s / MP |",
-            "|---|---:|---:|---|---:|---:|---:|",
+            *_score_table(pretrained.scores),
+            "",
+            "Mean IoU over images; seconds of the machine that evaluated.",
+            "",
         ]
-        for name, score in pretrained.scores.items():
-            low, high = score.mean_iou_interval
-            lines.append(
-                f"| {name} | {score.num_images} ({score.split or 'all'}) "
-                f"| {score.mean_iou:.4f} | {low:.4f} to {high:.4f} "
-                f"| {score.num_parameters:,} | {score.gmacs_per_megapixel:.1f} | {score.seconds_per_megapixel:.3f} |"
-            )
-        lines += ["", "Seconds are of the machine that evaluated; compare them with each other only.", ""]
     if pretrained.training:
         lines += ["## Training", "", "```json", json.dumps(pretrained.training, indent=2), "```", ""]
     lines += ["Use: `unetpp predict --model <this folder> --input <images> --output <masks>`", ""]
     return "\n".join(lines)
+
+
+def _score_table(scores: Mapping[str, LevelScore]) -> list[str]:
+    groups = sorted({group for score in scores.values() for group in score.groups})
+    columns = ["level", "images", "mean IoU", "95 % interval", *groups, "parameters", "GMAC / MP", "s / MP"]
+    lines = [_row(columns), _row(["---:" if column != "level" else "---" for column in columns])]
+    for name, score in scores.items():
+        low, high = score.mean_iou_interval
+        by_group = [f"{score.groups[group]:.4f}" if group in score.groups else "" for group in groups]
+        quality = [f"{score.mean_iou:.4f}", f"{low:.4f} to {high:.4f}", *by_group]
+        cost = [f"{score.num_parameters:,}", f"{score.gmacs_per_megapixel:.1f}", f"{score.seconds_per_megapixel:.3f}"]
+        lines.append(_row([name, f"{score.num_images} ({score.split or 'all'})", *quality, *cost]))
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

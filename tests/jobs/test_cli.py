@@ -1,5 +1,6 @@
 """The command line: where values come from, what a person is told, and how a process ends."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from pydantic import BaseModel
 
 from jobs.cli import JOBS, run_command_line
 from jobs.command_line import exit_code, new_app, run_app, set_command
-from jobs.config_file import load_config, parse_setting, write_yaml
+from jobs.config_file import load_config, parse_setting, write_command, write_yaml
 from jobs.config_schema import leaves, schema_of
-from jobs.contract import ExitCode
+from jobs.contract import ExitCode, TrainConfig
 from unetpp.errors import ConfigError, JobError, ModelError, StorageError, TransientError, UnetppError
 
 PREDICT = ["predict", "--model", "m", "--input", "i", "--output", "o"]
@@ -48,6 +49,24 @@ def refused(capsys: pytest.CaptureFixture[str]):
 
 
 # ---------------------------------------------------------------------------------------- where values come from
+
+
+def test_a_config_can_be_told_as_a_command(printed, tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "data": "d e",
+            "output": "o",
+            "model": {"level": 2, "filters": [4, 8, 16]},
+            "epochs": 3,
+            "balance_by": "stain",
+            "group_weights": {"a": 0.5, "b c": 0.5},
+            "augment": {"flip": False},
+        }
+    )
+    program, *words = shlex.split(write_command("train", config))
+    assert program == "unetpp"
+    assert "--seed" not in words
+    assert TrainConfig.model_validate(printed(*words)[1]) == config
 
 
 def test_flags_win_over_settings_and_settings_over_the_file(tmp_path: Path, printed) -> None:

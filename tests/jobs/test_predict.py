@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -202,7 +203,8 @@ def test_a_network_that_gives_nan_makes_numeric_rows(segment, tiny_model: Path, 
     broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     save_file(
-        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, broken / "model.safetensors"
+        {name: tensor * torch.nan if tensor.is_floating_point() else tensor for name, tensor in weights.items()},
+        broken / "model.safetensors",
     )
     assert segment(model=str(broken)).failures == {"numeric": NUM_IMAGES}
 
@@ -290,7 +292,7 @@ def test_a_store_that_refuses_stops_the_run_and_a_rerun_resumes_it(segment, tmp_
 def test_a_part_is_never_taken_from_another_run(segment, tmp_path: Path) -> None:
     opening = _open_a_run(segment, tmp_path)
     strange = tmp_path / "out" / "table" / f"model=m{opening.record.model_digest[:10]}" / "run=r00001"
-    other = segment(output=str(tmp_path / "elsewhere"))
+    other = segment(output=str(tmp_path / "elsewhere"), include=("*.png",))
     shutil.copytree(Path(other.table_uri) / strange.parent.name / "run=r00001", strange)
     with pytest.raises(ConfigError, match="not of run r00001"):
         segment()
@@ -323,10 +325,10 @@ def test_an_unfinished_run_with_other_settings_is_named_with_the_way_to_finish_i
     _open_a_run(segment, tmp_path, shard_images=3, include=("*.png",))
     with pytest.raises(ConfigError, match=r"run r00001 .* is not finished \(\d of \d shards are left\)") as caught:
         segment()
-    command = str(caught.value).splitlines()[-1]
-    assert command.startswith("unetpp predict --model ")
-    assert command.endswith("--shard-images 3 --include '*.png'")
+    program, *words = shlex.split(str(caught.value).splitlines()[-1])
     assert segment(level=1).runs == ("r00002",)  # another model is another matter
+    assert (program, run_command_line(None, words)) == ("unetpp", ExitCode.DONE)
+    assert segment().runs == ("r00003",)
 
 
 def test_a_run_whose_parts_are_all_there_is_not_in_the_way(segment, tmp_path: Path) -> None:
@@ -462,7 +464,7 @@ def test_bad_input_is_one_sentence_and_its_exit_code(
     assert "no image below" in refused(ExitCode.CONFIG, *model, "--input", tmp_path / "empty", *out)
     assert "other object(s)" in refused(ExitCode.CONFIG, *model, *images, *out, "--include", "*.nothing")
     assert "level" in refused(ExitCode.CONFIG, *model, *images, *out, "--level", "5")
-    assert "L3" in refused(ExitCode.CONFIG, *model, *images, *out, "--level", "3")
+    assert "level 3 has no supervised head" in refused(ExitCode.CONFIG, *model, *images, *out, "--level", "3")
     assert "lies inside the input" in refused(ExitCode.CONFIG, *model, *images, "--output", archive / "out")
     assert "no image below" in refused(ExitCode.CONFIG, *model, "--input", "s3://archive/nothing-here", *out)
     assert "no bucket" in refused(ExitCode.STORAGE, *model, "--input", "s3://no-such-bucket/a", *out)
