@@ -10,12 +10,13 @@ from jobs.manifest import Shard
 from jobs.progress import interruptible
 from jobs.shard import Task, Worker
 from jobs.sink import Footer
-from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
+from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
 from unetpp.predictor import Predictor
 
 MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
 
-_STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in (ConfigError, ModelError, StorageError)}
+_STOPPING = (AbandonedError, ConfigError, ModelError, StorageError)
+_STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in _STOPPING}
 
 
 def inline(task: Task, shards: Sequence[Shard], predictor: Predictor) -> Generator[Footer]:
@@ -84,6 +85,6 @@ class ShardActor:
         """One shard: its footer, or why the run must stop."""
         try:
             footer = self._worker(Shard(int(row["number"]), int(row["start"]), int(row["stop"])))
-        except (ConfigError, ModelError, StorageError) as error:
+        except _STOPPING as error:
             return {"stop": type(error).__name__, "text": str(error)}
         return {"stop": "", "text": footer.model_dump_json()}

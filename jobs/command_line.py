@@ -20,7 +20,16 @@ from rich.markup import escape
 from jobs.config_file import load_config, write_yaml
 from jobs.config_schema import Leaf, leaves, placeholder, schema_of
 from jobs.contract import ExitCode
-from unetpp.errors import ConfigError, JobError, ModelError, StorageError, TransientError, UnetppError
+from unetpp.errors import (
+    AbandonedError,
+    BreakerError,
+    ConfigError,
+    JobError,
+    ModelError,
+    StorageError,
+    TransientError,
+    UnetppError,
+)
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -29,6 +38,8 @@ _EXIT_CODES: dict[type[UnetppError], ExitCode] = {
     ModelError: ExitCode.MODEL,
     StorageError: ExitCode.STORAGE,
     TransientError: ExitCode.STORAGE,
+    BreakerError: ExitCode.BREAKER,
+    AbandonedError: ExitCode.INTERRUPTED,
 }
 
 _GENERAL = Group("General", sort_key=(0,))

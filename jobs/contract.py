@@ -244,6 +244,12 @@ class PredictOptions(Frozen):
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
+    max_failed_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="stop (exit 5) when more than this share of at least 500 images failed; 1: never"
+    )
+    single_writer: bool = Field(
+        False, description="accept a store that cannot refuse overwrites; never start two runs on it at once"
+    )
     engine: Literal["auto", "torch"] = Field("auto", description="what computes the masks; auto: the fastest here")
 
     @model_validator(mode="after")

@@ -112,6 +112,12 @@ def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
     return True
 
 
+def delete(path: str) -> None:
+    """Remove a file, if it is there."""
+    with _translated(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def sweep(scratch_dir: str, older_than_s: float) -> None:
     """Remove what killed processes left in a scratch folder."""
     with contextlib.suppress(OSError), os.scandir(scratch_dir) as entries:

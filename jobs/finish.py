@@ -7,7 +7,7 @@ from collections import Counter
 from jobs import sink, storage, table
 from jobs.contract import ExitCode, PredictResult
 from jobs.report import write_report
-from jobs.runs import Archive, RunRecord
+from jobs.runs import SUCCESS, Archive, RunRecord
 from unetpp.errors import ConfigError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def seal(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
     """Finish a run whose parts are all there: check the law, write report.html, result.json and last _SUCCESS.json."""
-    success_uri = archive.run_uri(record.run, "_SUCCESS.json")
+    success_uri = archive.run_uri(record.run, SUCCESS)
     result_uri = archive.run_uri(record.run, "result.json")
     if storage.exists(success_uri):  # another driver of this run was first
         return PredictResult.model_validate(storage.read_json(result_uri))
@@ -77,6 +77,7 @@ def _exit_code(num_failed: int, partial_ok: bool) -> int:
 
 def _check_identity(record: RunRecord, parts: list[table.Part], footers: list[sink.Footer]) -> None:
     for part, footer in zip(parts, footers, strict=True):
+        sink.refuse_abandoned(footer)
         if footer.identity != (record.run, record.manifest_sha256, part.shard):
             raise ConfigError(f"{part.uri} is not of run {record.run} (it says {footer.identity}); move it away")
     missing = sorted(set(range(record.num_shards)) - {part.shard for part in parts})

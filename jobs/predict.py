@@ -16,7 +16,7 @@ from jobs.command_line import exit_code
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.finish import check_law, seal
 from jobs.manifest import Shard
-from jobs.progress import Progress, interruptible
+from jobs.progress import Breaker, Progress, interruptible
 from jobs.runs import Archive, Opening, RunRecord, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
@@ -101,8 +101,10 @@ class _Call:
             Progress(record.run, record.num_images, num_done) as progress,
             contextlib.closing(self._footers(archive, record, shards, predictor)) as footers,
         ):
+            breaker = Breaker(record.run, self._config.max_failed_share)
             for footer in footers:
                 progress.advance(footer)
+                breaker.count(footer)
 
     def _footers(
         self, archive: Archive, record: RunRecord, shards: list[Shard], predictor: Predictor

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
@@ -15,10 +16,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from jobs.sink import Footer
+from unetpp.errors import BreakerError
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
+BREAKER_IMAGES = 500
+
+
+class Breaker:
+    """Stops a run in which most images fail: bad data costs rows, a bad setting must not cost a million of them."""
+
+    def __init__(self, run: str, max_failed_share: float) -> None:
+        self._run, self._max_failed_share = run, max_failed_share
+        self._failures: Counter[str] = Counter()
+        self._num_images = 0
+
+    def count(self, footer: Footer) -> None:
+        """One more shard is committed. BreakerError where too many images failed since this call began."""
+        self._failures.update(footer.failures)
+        self._num_images += footer.num_predicted + footer.num_failed
+        num_failed = self._failures.total()
+        if self._num_images >= BREAKER_IMAGES and num_failed > self._max_failed_share * self._num_images:
+            causes = ", ".join(f"{code} {number}" for code, number in self._failures.most_common())
+            raise BreakerError(
+                f"{num_failed} of {self._num_images} images failed ({causes}), more than max_failed_share "
+                f"{self._max_failed_share:g}: run {self._run} stops here. See their `error` in the table; to go on all "
+                "the same, start again with --max-failed-share 1"
+            )
 
 
 class Progress:

@@ -1,25 +1,30 @@
 """A run's life in the store: opened once, resumed while parts are missing, sealed when all are there.
 
 ```
-<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  result.json  report.html  _SUCCESS.json
+<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  result.json  report.html  _SUCCESS.json | _ABANDONED.json
 ```
 `run.json`, put if absent, opens a run; the parts in the table are its progress; all else can be rebuilt from these.
 """
 
 import hashlib
+import json
+import logging
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from jobs import manifest, sink, storage, table
-from jobs.config_file import write_command
 from jobs.contract import PredictConfig, fingerprint
 from jobs.manifest import Shard
 from unetpp.errors import ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
+
+SUCCESS, ABANDONED = "_SUCCESS.json", "_ABANDONED.json"
 
 
 class RunRecord(BaseModel):
@@ -93,31 +98,28 @@ class Unchanged:
 def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Unchanged:
     """Find the run to work on: an unfinished one of this fingerprint, else a new one of what is not done.
 
+    An unfinished run of the same archive and model with another fingerprint is abandoned before.
+
     Args:
         archive: what is wanted.
         waiting: runs of this call, whose failed images wait for the next call.
 
     Raises:
-        ConfigError: nothing is listed, or an unfinished run of the same archive and model has another fingerprint.
+        ConfigError: nothing is listed.
     """
     while True:
-        found, sealed = _list_runs(archive)
+        found = _list_runs(archive)
         # The number is fixed before the table is read: whoever opens a run meanwhile takes it, and we begin again.
         run = f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
         with storage.io_threads() as threads:
             records = list(threads.map(lambda name: _read_record(archive, name), sorted(found)))
-        same = [
-            record
-            for record in records
-            if record.source_uri == archive.source_uri and record.model_digest == archive.model_digest
-        ]
-        for record in same:
-            if record.run in sealed:
+        for record in records:
+            if record.source_uri != archive.source_uri or record.model_digest != archive.model_digest:
                 continue
-            if record.fingerprint == archive.fingerprint:
+            if found[record.run] == "open" and record.fingerprint == archive.fingerprint:
                 return Opening(record, is_ours=False)
-            if pending := pending_shards(archive, record):
-                raise ConfigError(_unfinished(record, len(pending)))
+            if found[record.run] != "sealed":
+                _abandon(archive, record, by=run)
         done = table.done_before(
             archive.output_uri,
             archive.model_digest,
@@ -163,6 +165,11 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
         opened_at=datetime.now(UTC),
         config=archive.config.model_dump(mode="json"),
     )
+    if not archive.config.single_writer and not storage.refuses_overwrites(archive.output_uri):
+        raise StorageError(
+            f"{archive.output_uri} overwrites what it was told to keep: the store ignores If-None-Match, and two "
+            "writers could spoil each other's work. Use another store, or set single_writer and start one run at a time"
+        )
     storage.put_if_absent(archive.run_uri(run, record.manifest), content, root=archive.output_uri)
     uri = archive.run_uri(run, "run.json")
     is_ours = storage.put_if_absent(uri, record.model_dump_json(indent=2).encode(), root=archive.output_uri)
@@ -179,14 +186,51 @@ def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
     return [shard for shard in every if shard.number not in committed]
 
 
-def _list_runs(archive: Archive) -> tuple[set[str], set[str]]:
-    """(runs that are open or finished, runs that are sealed). A folder without run.json is no run."""
-    files: dict[str, set[str]] = {"run.json": set(), "_SUCCESS.json": set()}
+def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
+    """Give up an unfinished run of other settings: what it committed stays, what is left becomes the next run's.
+
+    The marker goes first, so that no call resumes the run any more; then an empty part takes the name of every shard
+    that is not committed, so that no worker of it can. Whoever meets a marked run completes the empty parts.
+    """
+    if not (pending := pending_shards(archive, record)):
+        return
+    logger.warning(
+        "run %s was started with other settings and never finished: abandoned, %d of its %d shards are left to %s",
+        record.run,
+        len(pending),
+        record.num_shards,
+        by,
+    )
+    marker = {"run": record.run, "abandoned_by": by, "num_shards_left": len(pending)}
+    uri = archive.run_uri(record.run, ABANDONED)
+    storage.put_if_absent(uri, json.dumps(marker, indent=2).encode(), root=archive.output_uri)
+
+    def put(shard: Shard) -> None:
+        sink.abandon(
+            storage.join(archive.parts_uri(record.run), sink.part_name(shard.number)),
+            run=record.run,
+            manifest_sha256=record.manifest_sha256,
+            shard=shard.number,
+            by=by,
+            root=archive.output_uri,
+        )
+
+    with storage.io_threads() as threads:
+        list(threads.map(put, pending))
+
+
+def _list_runs(archive: Archive) -> dict[str, Literal["open", "sealed", "abandoned"]]:
+    """Every run, and how it stands. A folder without run.json is no run."""
+    files: dict[str, set[str]] = {}
     for found in storage.list_objects(storage.join(archive.output_uri, "runs"), missing_ok=True):
         run, _, name = found.key.partition("/")
-        if name in files and run[:1] == "r" and run[1:].isdecimal():
-            files[name].add(run)
-    return files["run.json"], files["run.json"] & files["_SUCCESS.json"]
+        if run[:1] == "r" and run[1:].isdecimal():
+            files.setdefault(run, set()).add(name)
+    return {
+        run: "sealed" if SUCCESS in names else "abandoned" if ABANDONED in names else "open"
+        for run, names in files.items()
+        if "run.json" in names
+    }
 
 
 def _read_record(archive: Archive, run: str) -> RunRecord:
@@ -195,11 +239,3 @@ def _read_record(archive: Archive, run: str) -> RunRecord:
         return RunRecord.model_validate(storage.read_json(uri))
     except ValueError as error:
         raise StorageError(f"{uri} is damaged or of another version: {error}") from None
-
-
-def _unfinished(record: RunRecord, num_pending: int) -> str:
-    config = PredictConfig.model_validate(record.config | {"result": None})
-    return (
-        f"run {record.run} of the same input, output and model is not finished ({num_pending} of {record.num_shards} "
-        f"shards are left) and was started with other settings. Finish it first:\n{write_command('predict', config)}"
-    )

@@ -136,6 +136,11 @@ class S3:
             raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
         return True
 
+    def delete(self, uri: str) -> None:
+        """Remove the object, if it is there."""
+        bucket, key = split(uri)
+        self._call(uri, "delete_object", Bucket=bucket, Key=key)
+
     def exists(self, uri: str) -> bool:
         """Whether there is an object of that name."""
         bucket, key = split(uri)

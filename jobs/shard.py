@@ -230,7 +230,9 @@ class Worker:
         uri = self.task.part_uri(shard.number)
         if storage.exists(uri):
             with storage.arrow(uri) as (filesystem, path):
-                return sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
+                footer = sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
+            sink.refuse_abandoned(footer)
+            return footer
         items = read_shard(self.task, shard, self._threads)
         outcomes = predict_shard(self.predictor, items)
         return write_shard(self.task, shard, self.predictor, outcomes, self._threads)

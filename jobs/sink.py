@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from jobs import storage
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import AbandonedError, ConfigError, StorageError
 
 SCHEMA_VERSION = 1
 
@@ -76,6 +76,8 @@ class Footer(BaseModel):
     megapixels: float
     seconds: float
     committed_at: float
+    abandoned_by: str | None = None
+    """Of an empty part: the call that gave up the run, and with it this shard."""
 
     @property
     def identity(self) -> tuple[str, str, int]:
@@ -155,12 +157,39 @@ def commit(
     if storage.put_if_absent(uri, encode_part(rows, footer), root=root):
         return footer
     there = read_footer(pq.read_metadata(io.BytesIO(storage.read_bytes(uri))), uri)
+    refuse_abandoned(there)
     if there.identity != footer.identity:
         raise ConfigError(
             f"{uri} holds shard {there.shard} of run {there.run} and another manifest; it is not this run's work: "
             "use another output, or move the strange part away"
         )
     return there
+
+
+def abandon(uri: str, *, run: str, manifest_sha256: str, shard: int, by: str, root: str) -> None:
+    """Put an empty part at the name of a shard that nobody is to do any more; a part that is there stays."""
+    footer = Footer(
+        run=run,
+        manifest_sha256=manifest_sha256,
+        shard=shard,
+        num_predicted=0,
+        num_failed=0,
+        failures={},
+        megapixels=0.0,
+        seconds=0.0,
+        committed_at=time.time(),
+        abandoned_by=by,
+    )
+    storage.put_if_absent(uri, encode_part([], footer), root=root)
+
+
+def refuse_abandoned(footer: Footer) -> None:
+    """AbandonedError where the part says that its run was given up."""
+    if footer.abandoned_by is not None:
+        raise AbandonedError(
+            f"run {footer.run} was abandoned by a call with other settings ({footer.abandoned_by}), which does what "
+            "was left; this call stops here"
+        )
 
 
 def encode_part(rows: Sequence[dict[str, Any]], footer: Footer) -> bytes:

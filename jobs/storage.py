@@ -122,6 +122,28 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
     return disk.put_if_absent(place, content, join(folder, SCRATCH))
 
 
+def delete(uri: str | Path) -> None:
+    """Remove an object; one that is not there is fine."""
+    place = _object(uri)
+    if is_remote(place):
+        s3.connect().delete(place)
+    else:
+        disk.delete(place)
+
+
+def refuses_overwrites(root: str | Path) -> bool:
+    """Whether `put_if_absent` below `root` means what it says: found out with a probe object, written twice.
+
+    Some S3 servers ignore the condition. StorageError where the place cannot be written at all.
+    """
+    probe = join(canonical(root), f".probe-{uuid.uuid4().hex}")
+    try:
+        put_if_absent(probe, b"1", root=root)
+        return not put_if_absent(probe, b"2", root=root)
+    finally:
+        delete(probe)
+
+
 def sweep_scratch(root: str | Path) -> None:
     """Remove day-old leftovers of killed writers below a local `root`."""
     if not is_remote(place := canonical(root)):

@@ -6,6 +6,8 @@ UnetppError                  arguments are data, the text is made in __str__: su
 |- ModelError                weights and config disagree -> stop now, never retried           exit 11
 |- ImageError                this one object is bad      -> a row with error_code; the run goes on
 |- TransientError            the same call may succeed   -> retried by one owner only         exit 20 once given up
+|- BreakerError              too many images are bad   -> the run stops, resumable           exit 5
+|- AbandonedError            another call took over    -> this one stops                     exit 4
 |- StorageError              the store is out of order   -> the run stops, resumable           exit 20
 `- JobError                  a job ended badly           -> the flow fails, with job id and log tail
 ```
@@ -52,6 +54,14 @@ class ImageError(UnetppError):
 
 class TransientError(UnetppError):
     """A store or a network failed in a way that the same call may survive later."""
+
+
+class BreakerError(UnetppError):
+    """So many images failed that something else than the images must be wrong."""
+
+
+class AbandonedError(UnetppError):
+    """The run was given up by a call with other settings, which took over what it had not done."""
 
 
 class StorageError(UnetppError):

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,16 +20,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import predict, storage
+from jobs import manifest, predict, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
-from jobs.manifest import ManifestRow
+from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, predict_shard
-from jobs.table import read_masks
+from jobs.shard import Item, Task, Worker, predict_shard, read_shard, write_shard
+from jobs.storage import io_threads
+from jobs.table import list_parts, read_footers, read_masks
 from unetpp.config import ModelConfig
 from unetpp.engines import TileStats
-from unetpp.errors import ConfigError, ImageError, ModelError, StorageError
+from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
 from unetpp.images import decode_image, decode_mask
 from unetpp.predictor import Predictor
 
@@ -312,6 +312,23 @@ def _open_a_run(segment: Callable[..., PredictResult], tmp_path: Path, **changed
     return opening
 
 
+def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
+    """What the workers of an opened run are given."""
+    record = opening.record
+    task = Task(
+        run=record.run,
+        source_uri=record.source_uri,
+        output_uri=f"{tmp_path}/out",
+        model_uri=record.config["model"],
+        model_digest=record.model_digest,
+        manifest_uri=f"{tmp_path}/out/runs/{record.run}/{record.manifest}",
+        manifest_sha256=record.manifest_sha256,
+        config=PredictConfig.model_validate(record.config),
+        threads=1,
+    )
+    return task, manifest.shards(task.manifest_uri, task.manifest_sha256)
+
+
 def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path, tmp_path: Path) -> None:
     _open_a_run(segment, tmp_path)
     shutil.copy(images / "a.png", images / "new.png")
@@ -321,14 +338,46 @@ def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path,
     assert [row["key"] for row in _rows(result) if row["run"] == "r00002"] == ["new.png"]
 
 
-def test_an_unfinished_run_with_other_settings_is_named_with_the_way_to_finish_it(segment, tmp_path: Path) -> None:
-    _open_a_run(segment, tmp_path, shard_images=3, include=("*.png",))
-    with pytest.raises(ConfigError, match=r"run r00001 .* is not finished \(\d of \d shards are left\)") as caught:
-        segment()
-    program, *words = shlex.split(str(caught.value).splitlines()[-1])
-    assert segment(level=1).runs == ("r00002",)  # another model is another matter
-    assert (program, run_command_line(None, words)) == ("unetpp", ExitCode.DONE)
-    assert segment().runs == ("r00003",)
+def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = _open_a_run(segment, tmp_path, shard_images=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.progress.Progress.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert segment(shard_images=3).exit_code == ExitCode.INTERRUPTED  # after one shard
+    result = segment()
+    assert (result.runs, result.status) == (("r00002",), "complete")
+    assert (result.num_listed, result.num_predicted, result.num_unchanged) == (NUM_IMAGES, NUM_IMAGES - 3, 3)
+    assert len(_rows(result)) == NUM_IMAGES
+    parts = list_parts(str(tmp_path / "out"), result.model_digest, "r00001")
+    assert sorted(footer.abandoned_by or "" for footer in read_footers(parts)) == ["", "r00002", "r00002", "r00002"]
+    marker = json.loads((tmp_path / "out" / "runs" / "r00001" / "_ABANDONED.json").read_text())
+    assert marker == {"run": "r00001", "abandoned_by": "r00002", "num_shards_left": 3}
+    assert segment(shard_images=3).status == "unchanged"  # a marked run is never resumed
+    task, shards = _task(opening, tmp_path)
+    with Worker(task) as worker, pytest.raises(AbandonedError, match=r"r00001 was abandoned .*r00002"):
+        worker(shards[0])
+
+
+def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> None:
+    """The zombie: it looked before the empty part was there, and comes to put its own."""
+    opening = _open_a_run(segment, tmp_path, shard_images=3)
+    segment()
+    before = _files(tmp_path / "out" / "table")
+    task, shards = _task(opening, tmp_path)
+    with Worker(task) as worker, io_threads() as threads:
+        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads)))
+        with pytest.raises(AbandonedError):
+            write_shard(task, shards[1], worker.predictor, outcomes, threads)
+    assert _files(tmp_path / "out" / "table") == before
+
+
+def test_a_half_abandoned_run_is_given_up_whole_by_the_next_call(segment, tmp_path: Path) -> None:
+    _open_a_run(segment, tmp_path, shard_images=3)
+    (tmp_path / "out" / "runs" / "r00001" / "_ABANDONED.json").write_text("{}")
+    assert segment(shard_images=3).runs == ("r00002",)
+    parts = list_parts(str(tmp_path / "out"), segment().model_digest, "r00001")
+    assert [footer.abandoned_by for footer in read_footers(parts)] == ["r00002"] * 4
 
 
 def test_a_run_whose_parts_are_all_there_is_not_in_the_way(segment, tmp_path: Path) -> None:
@@ -475,18 +524,11 @@ def test_bad_input_is_one_sentence_and_its_exit_code(
 
 
 def test_a_model_that_changes_under_a_run_is_refused(segment, tiny_model: Path, tmp_path: Path) -> None:
-    from jobs.shard import Task, Worker
-
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     opening = _open_a_run(segment, tmp_path, model=str(model))
     weights = load_file(model / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, model / "model.safetensors")
-    record = opening.record
-    manifest_uri = f"{tmp_path}/out/runs/r00001/{record.manifest}"
-    config = PredictConfig.model_validate(record.config)
-    task = Task(
-        "r00001", record.source_uri, f"{tmp_path}/out", str(model), record.model_digest, manifest_uri, "", config, 1
-    )
+    task, _ = _task(opening, tmp_path)
     with Worker(task) as worker, pytest.raises(ModelError, match="put that model back"):
         _ = worker.predictor
 
@@ -495,3 +537,30 @@ def test_a_part_is_plain_parquet(segment) -> None:
     result = segment()
     first = min(Path(result.table_uri).rglob("*.parquet"))
     assert pq.ParquetFile(io.BytesIO(first.read_bytes())).schema_arrow.names[:3] == ["key", "source_uri", "etag"]
+
+
+# ------------------------------------------------------------------------------------------------ a bad store, bad data
+
+
+def test_a_store_that_overwrites_is_refused_unless_told(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.storage.refuses_overwrites", lambda root: False)
+    with pytest.raises(StorageError, match="ignores If-None-Match"):
+        segment()
+    assert segment(single_writer=True).num_predicted == NUM_IMAGES
+    assert json.loads((tmp_path / "out" / "runs" / "r00001" / "run.json").read_text())["config"]["single_writer"]
+
+
+def test_a_run_in_which_most_images_fail_stops(segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.progress.BREAKER_IMAGES", 10)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for number in range(30):
+        (bad / f"{number:02d}.png").write_bytes(b"<html>")
+    with pytest.raises(BreakerError, match=r"10 of 10 images failed \(decode 10\), more than max_failed_share 0\.5"):
+        segment(input=str(bad), result=str(tmp_path / "result.json"))
+    stopped = PredictResult.model_validate_json((tmp_path / "result.json").read_text())
+    assert (stopped.status, stopped.exit_code, stopped.num_failed) == ("failed", ExitCode.BREAKER, 10)
+    rerun = segment(input=str(bad), max_failed_share=1.0)
+    assert (rerun.runs, rerun.num_failed, rerun.exit_code) == (("r00001",), 30, ExitCode.DONE_WITH_FAILED_IMAGES)

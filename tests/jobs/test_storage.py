@@ -335,3 +335,13 @@ def test_an_object_cannot_climb_out_of_the_cache(flaky_server, tmp_path: Path, m
     with pytest.raises(StorageError, match="unsafe name"):
         storage.download_folder("s3://bucket/model")
     assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_store_that_keeps_what_is_there_is_told_from_one_that_overwrites(place: str) -> None:
+    assert storage.refuses_overwrites(place)
+    assert list(storage.list_objects(place)) == []  # the probe is gone
+
+
+def test_a_server_that_ignores_the_condition_is_found_out(flaky_server) -> None:
+    flaky_server.last = b"HTTP/1.1 204 No Content\r\n\r\n"
+    assert not storage.refuses_overwrites("s3://bucket/out")
