@@ -12,13 +12,26 @@ from pydantic import BaseModel
 
 from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
-from jobs.contract import EvaluateConfig, ExitCode, PredictConfig, PruneConfig, SynthConfig, TrainConfig
+from jobs.contract import (
+    EvaluateConfig,
+    ExitCode,
+    ExplainConfig,
+    PredictConfig,
+    PruneConfig,
+    RetryConfig,
+    StatusConfig,
+    SynthConfig,
+    TrainConfig,
+)
 
 JOBS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "prune": PruneConfig,
     "predict": PredictConfig,
+    "status": StatusConfig,
+    "explain": ExplainConfig,
+    "retry": RetryConfig,
     "synth": SynthConfig,
 }
 """Every job: module `jobs.<name>` has `run(config) -> result` for this config class."""

@@ -138,9 +138,12 @@ def _command(config_class: type[Config], run: Callable[[Config], int]) -> Callab
     """Return a function whose signature is the config's flags, for cyclopts to read."""
     by_name = {"__".join(leaf.path): leaf for leaf in leaves(schema_of(config_class))}
 
+    in_place = [name for name, leaf in by_name.items() if leaf.is_positional]
+
     def command(
-        config: str | None = None, set: list[str] | None = None, print_config: bool = False, **words: Any
+        *places: str, config: str | None = None, set: list[str] | None = None, print_config: bool = False, **words: Any
     ) -> int:
+        words |= dict(zip(in_place, places, strict=False))
         flags = {by_name[name].path: _value(by_name[name], word) for name, word in words.items() if word is not None}
         checked = load_config(config_class, config, set or (), flags)
         if print_config:
@@ -151,7 +154,7 @@ def _command(config_class: type[Config], run: Callable[[Config], int]) -> Callab
     command.__doc__ = config_class.__doc__
     command.__annotations__ = {}  # the signature alone says what the flags are
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [*_general_flags(), *(_flag(name, leaf) for name, leaf in by_name.items())]
+        sorted([*_general_flags(), *(_flag(name, leaf) for name, leaf in by_name.items())], key=lambda flag: flag.kind)
     )
     return command
 
@@ -173,6 +176,7 @@ def _flag(name: str, leaf: Leaf) -> inspect.Parameter:
         name,
         kind,
         "--" + leaf.dotted.replace("_", "-"),
+        leaf.is_positional,
         help=_help(leaf),
         group=_group(leaf),
         metavar=None if leaf.is_switch else placeholder(leaf.schema),
@@ -180,10 +184,13 @@ def _flag(name: str, leaf: Leaf) -> inspect.Parameter:
     )
 
 
-def _keyword(name: str, kind: Any, flag: str | None = None, **note: Any) -> inspect.Parameter:
+def _keyword(
+    name: str, kind: Any, flag: str | None = None, is_positional: bool = False, **note: Any
+) -> inspect.Parameter:
     """Return a keyword that is None where the line does not have it."""
     annotation = Annotated[kind | None, Parameter(flag, show_default=False, **note)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, place, default=None, annotation=annotation)
 
 
 def _group(leaf: Leaf) -> Group:

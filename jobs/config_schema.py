@@ -25,6 +25,11 @@ class Leaf:
         return ".".join(self.path)
 
     @property
+    def is_positional(self) -> bool:
+        """True for a value that may be given without its flag, in its place."""
+        return bool(self.schema.get("positional"))
+
+    @property
     def is_switch(self) -> bool:
         """True for a yes-or-no value."""
         return self.schema.get("type") == "boolean"

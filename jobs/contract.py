@@ -5,12 +5,14 @@ Pydantic only: importing this loads neither torch nor Ray.
 
 import hashlib
 import json
+from datetime import datetime
 from enum import IntEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
 from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig
+from unetpp.errors import ImageErrorCode
 
 
 class ExitCode(IntEnum):
@@ -291,6 +293,101 @@ class PredictResult(Frozen):
     megapixels: float
     seconds: float
     message: str = ""
+
+
+# ------------------------------------------------------------------------------------- looking after runs
+
+RunUri = Annotated[
+    str, Field(description="folder or URI of the run: <output>/runs/<run id>", json_schema_extra={"positional": True})
+]
+
+
+class RetryConfig(Frozen):
+    """Try the failed images of a run again, in a run of its own."""
+
+    run: RunUri
+    only: tuple[str, ...] = Field((), description="error codes to try again; default: every one")
+    model: str | None = Field(None, description="where the run's model is now; default: where it was")
+    backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
+    num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: one a GPU or core")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of an engine")
+    max_pixels: Annotated[int, Field(ge=1)] | None = Field(None, description="another limit than the run had")
+    partial_ok: bool = Field(False, description="exit 0 although some images failed")
+    result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
+
+    @model_validator(mode="after")
+    def _known_codes(self) -> Self:
+        if unknown := sorted(set(self.only) - set(get_args(ImageErrorCode))):
+            raise ValueError(
+                f"only: no error code {', '.join(unknown)}; there are {', '.join(get_args(ImageErrorCode))}"
+            )
+        return self
+
+
+class StatusConfig(Frozen):
+    """Say how far a run is, also while it works."""
+
+    run: RunUri
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class StatusResult(Frozen):
+    """How far a run is."""
+
+    run: str
+    state: Literal["open", "sealed", "abandoned"]
+    source_uri: str
+    model_digest: str
+    opened_at: datetime
+    parent: str | None
+    num_shards: int
+    num_shards_done: int
+    num_images: int
+    num_predicted: int
+    num_failed: int
+    num_unchanged: int
+    failures: dict[str, int]
+    last_commit_at: datetime | None
+    images_per_second: float | None
+    seconds_left: float | None
+
+
+class ExplainConfig(Frozen):
+    """Tell the story of one image in a run: listed, tried, what became of it, where its mask is."""
+
+    run: RunUri
+    key: str = Field(description="key of the image: its path below the input", json_schema_extra={"positional": True})
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class Attempt(Frozen):
+    """One row of an image in the table."""
+
+    run: str
+    etag: str
+    attempts: int
+    outcome: str
+    error: str | None
+    height: int | None
+    width: int | None
+    level: Level
+    class_pixels: tuple[int, ...] | None
+    uncertainty: float | None
+    mask_uri: str | None
+    part_uri: str
+
+
+class ExplainResult(Frozen):
+    """What became of one image."""
+
+    run: str
+    key: str
+    is_in_manifest: bool
+    shard: int | None
+    etag: str | None
+    size_bytes: int | None
+    is_committed: bool
+    rows: tuple[Attempt, ...] = Field((), description="of this image and model, over all runs, newest first")
 
 
 # ------------------------------------------------------------------------------------------------ synth

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -128,6 +128,18 @@ def plan(
     return Plan(table, num_listed, num_listed - len(table), num_others)
 
 
+def plan_again(manifest: pa.Table, attempts: Mapping[tuple[str, int, int], int], *, shard_images: int) -> Plan:
+    """Choose the rows of an earlier manifest that `attempts` names by key and window, and cut them into shards."""
+    places = zip(*(manifest[name].to_pylist() for name in ("key", "window_y", "window_x")), strict=True)
+    tried = [attempts.get(place) for place in places]
+    table = manifest.filter(pa.array([number is not None for number in tried], pa.bool_()))
+    again = pa.array([number for number in tried if number is not None], pa.int16())
+    table = table.set_column(SCHEMA.get_field_index("attempts"), SCHEMA.field("attempts"), again)
+    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
+    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
+    return Plan(table, len(table), 0, 0)
+
+
 def encode(table: pa.Table) -> bytes:
     """The manifest's bytes."""
     sink = io.BytesIO()
@@ -135,12 +147,17 @@ def encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def shards(manifest_uri: str, sha256: str) -> list[Shard]:
-    """Every shard of a manifest. StorageError where its bytes are not those that the run was opened with."""
+def read(manifest_uri: str, sha256: str, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """A whole manifest. StorageError where its bytes are not those that the run was opened with."""
     content = storage.read_bytes(manifest_uri)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise StorageError(f"{manifest_uri} is not the manifest that its run was opened with; it must not be changed")
-    numbers = pq.read_table(io.BytesIO(content), columns=["shard"])["shard"].to_numpy()
+    return pq.read_table(io.BytesIO(content), columns=list(columns))
+
+
+def shards(manifest_uri: str, sha256: str) -> list[Shard]:
+    """Every shard of a manifest; StorageError as `read`."""
+    numbers = read(manifest_uri, sha256, ["shard"])["shard"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     stops = np.append(starts[1:], len(numbers))
     return [Shard(int(numbers[start]), int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]

@@ -26,8 +26,13 @@ from unetpp.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 
-def run(config: PredictConfig) -> PredictResult:
+def run(config: PredictConfig, *, parent: str | None = None, only: tuple[str, ...] = ()) -> PredictResult:
     """Segment what is new below `config.input`, after finishing what an earlier call left unfinished.
+
+    Args:
+        config: what to do and how.
+        parent: a run: its failed images are tried again instead (`unetpp retry`).
+        only: with `parent`, the error codes that are; default: all.
 
     Returns:
         Counts over the runs of this call; status `interrupted` after Ctrl-C or SIGTERM.
@@ -35,7 +40,7 @@ def run(config: PredictConfig) -> PredictResult:
     Raises:
         ConfigError, ModelError, StorageError: with `config.result`, a result of status `failed` is written before.
     """
-    call = _Call(config)
+    call = _Call(config, parent, only)
     try:
         with interruptible():
             result = call.work()
@@ -54,8 +59,9 @@ def run(config: PredictConfig) -> PredictResult:
 class _Call:
     """One call of `run`: the runs it finishes and opens, and what they add up to."""
 
-    def __init__(self, config: PredictConfig) -> None:
+    def __init__(self, config: PredictConfig, parent: str | None, only: tuple[str, ...]) -> None:
         self._config = config
+        self._parent, self._only = parent, only
         self._started = time.monotonic()
         self._sealed: list[PredictResult] = []
         self._archive: Archive | None = None
@@ -71,7 +77,8 @@ class _Call:
                 "choose an output beside it"
             )
         predictor = load_predictor(storage.canonical(config.model), config, config.threads)
-        archive = self._archive = Archive(source_uri, output_uri, predictor.digest, config)
+        archive = Archive(source_uri, output_uri, predictor.digest, config, self._parent, self._only)
+        self._archive = archive
         while True:
             opening = open_run(archive, waiting=[run for sealed in self._sealed for run in sealed.runs])
             if not isinstance(opening, Opening):
@@ -129,7 +136,12 @@ class _Call:
         """What all runs add up to; with none, `num_listed_now` images are all done."""
         if not self._sealed:
             check_law("nothing new", num_listed_now, 0, 0, num_listed_now)
-            return self._result("unchanged", int(ExitCode.DONE), num_unchanged=num_listed_now, message="nothing new")
+            return self._result(
+                "unchanged",
+                int(ExitCode.DONE),
+                num_unchanged=num_listed_now,
+                message="nothing new" if self._parent is None else f"no image of {self._parent} is to be tried again",
+            )
         num_unchanged = self._sealed[0].num_unchanged
         failed = any(sealed.num_failed for sealed in self._sealed)
         result = self._result(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class RunRecord(BaseModel):
     num_listed: int
     num_unchanged: int
     opened_at: datetime
+    parent: str | None = None
     config: dict[str, Any]
 
 
@@ -55,6 +56,10 @@ class Archive:
     output_uri: str
     model_digest: str
     config: PredictConfig
+    parent: str | None = None
+    """Of a retry: the run whose failed images are tried again."""
+    only: tuple[str, ...] = ()
+    """Of a retry: the error codes that are; none: all."""
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +72,7 @@ class Archive:
                 "write": sorted(set(self.config.write)),
                 "shard_images": self.config.shard_images,
                 "window_px": 0,
-                "parent": None,
+                "parent": None if self.parent is None else [self.parent, *sorted(set(self.only))],
             }
         )
 
@@ -113,38 +118,72 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         run = f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
         with storage.io_threads() as threads:
             records = list(threads.map(lambda name: _read_record(archive, name), sorted(found)))
-        for record in records:
-            if record.source_uri != archive.source_uri or record.model_digest != archive.model_digest:
-                continue
+        unfinished = [
+            record
+            for record in records
+            if (record.source_uri, record.model_digest) == (archive.source_uri, archive.model_digest)
+            and found[record.run] != "sealed"
+        ]
+        for record in unfinished:
             if found[record.run] == "open" and record.fingerprint == archive.fingerprint:
                 return Opening(record, is_ours=False)
-            if found[record.run] != "sealed":
-                _abandon(archive, record, by=run)
-        done = table.done_before(
-            archive.output_uri,
-            archive.model_digest,
-            source=archive.source_uri,
-            write=archive.config.write,
-            written_by_run={record.run: record.write for record in records},
-            waiting=waiting,
-        )
-        plan = manifest.plan(
-            storage.list_objects(archive.source_uri),
-            source=archive.source_uri,
-            include=archive.config.include,
-            done=done,
-            shard_images=archive.config.shard_images,
-        )
-        if not plan.num_listed:
-            others = f"; {plan.num_others} other object(s) are there" if plan.num_others else ""
-            raise ConfigError(
-                f"no image below {archive.source_uri} matches {', '.join(archive.config.include)}{others}: check "
-                "--input and --include"
-            )
+        for record in unfinished:
+            if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
+                raise ConfigError(f"run {record.run} is not finished: finish it before {archive.parent} is retried")
+            _abandon(archive, record, by=run)
+        plan = _plan(archive, records, waiting) if archive.parent is None else _plan_retry(archive, records, waiting)
         if not plan.num_shards:
             return Unchanged(plan.num_listed)
         if (opened := _open(archive, run, plan)) is not None:
             return Opening(opened, is_ours=True)
+
+
+def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> manifest.Plan:
+    """What the archive lists and the table does not have. ConfigError where nothing is listed."""
+    done = table.done_before(
+        archive.output_uri,
+        archive.model_digest,
+        source=archive.source_uri,
+        write=archive.config.write,
+        written_by_run={record.run: record.write for record in records},
+        waiting=waiting,
+    )
+    plan = manifest.plan(
+        storage.list_objects(archive.source_uri),
+        source=archive.source_uri,
+        include=archive.config.include,
+        done=done,
+        shard_images=archive.config.shard_images,
+    )
+    if not plan.num_listed:
+        others = f"; {plan.num_others} other object(s) are there" if plan.num_others else ""
+        raise ConfigError(
+            f"no image below {archive.source_uri} matches {', '.join(archive.config.include)}{others}: check "
+            "--input and --include"
+        )
+    return plan
+
+
+def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> manifest.Plan:
+    """The parent's images that are still failed, of the versions that its manifest names."""
+    (parent,) = [record for record in records if record.run == archive.parent]
+    failed = table.still_failed(
+        archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting
+    )
+    listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
+    return manifest.plan_again(listed, failed, shard_images=archive.config.shard_images)
+
+
+def output_of(run_uri: str) -> str:
+    """The output that a run's folder is below."""
+    return run_uri.removesuffix("/").rpartition("/runs/")[0]
+
+
+def state_of(run_uri: str) -> Literal["open", "sealed", "abandoned"]:
+    """How a run stands."""
+    if storage.exists(storage.join(run_uri, SUCCESS)):
+        return "sealed"
+    return "abandoned" if storage.exists(storage.join(run_uri, ABANDONED)) else "open"
 
 
 def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
@@ -163,7 +202,14 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
         num_listed=plan.num_listed,
         num_unchanged=plan.num_unchanged,
         opened_at=datetime.now(UTC),
-        config=archive.config.model_dump(mode="json"),
+        parent=archive.parent,
+        config=archive.config.model_dump(mode="json")
+        | {
+            "model": storage.canonical(archive.config.model),
+            "input": archive.source_uri,
+            "output": archive.output_uri,
+            "result": None,
+        },
     )
     if not archive.config.single_writer and not storage.refuses_overwrites(archive.output_uri):
         raise StorageError(
@@ -234,8 +280,15 @@ def _list_runs(archive: Archive) -> dict[str, Literal["open", "sealed", "abandon
 
 
 def _read_record(archive: Archive, run: str) -> RunRecord:
-    uri = archive.run_uri(run, "run.json")
+    return read_record(archive.run_uri(run))
+
+
+def read_record(run_uri: str) -> RunRecord:
+    """run.json of a run's folder. ConfigError where there is none, StorageError where it is damaged."""
+    uri = storage.join(run_uri, "run.json")
     try:
         return RunRecord.model_validate(storage.read_json(uri))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run at {run_uri}; wanted <output>/runs/<run id>") from None
     except ValueError as error:
         raise StorageError(f"{uri} is damaged or of another version: {error}") from None

@@ -9,10 +9,12 @@ from rich.table import Table
 
 from jobs.contract import (
     EvaluateResult,
+    ExplainResult,
     LevelReport,
     PredictResult,
     PruneResult,
     Score,
+    StatusResult,
     SynthResult,
     TrainResult,
 )
@@ -41,6 +43,10 @@ def show(result: BaseModel, console: Console) -> None:
             _line(console, "pruned", f"level L{result.level}: {result.model_uri} (digest {result.digest[:10]})")
         case PredictResult():
             _show_predict(result, console)
+        case StatusResult():
+            _show_status(result, console)
+        case ExplainResult():
+            _show_explain(result, console)
         case SynthResult():
             _line(console, "synthesised", f"{result.num_images} images: {result.data_uri}")
         case _:
@@ -135,6 +141,52 @@ def _show_predict(result: PredictResult, console: Console) -> None:
     _line(console, "table", result.table_uri)
     if result.report_uri:
         _line(console, "report", result.report_uri)
+
+
+def _show_status(result: StatusResult, console: Console) -> None:
+    num_done = result.num_predicted + result.num_failed
+    state = result.state if result.state != "open" else "working, or waiting for the same command to go on"
+    _line(console, result.run, state + (f", a retry of {result.parent}" if result.parent else ""))
+    _line(console, "archive", result.source_uri)
+    _line(
+        console,
+        "done",
+        f"{num_done} of {result.num_images} images ({result.num_predicted} predicted, {result.num_failed} failed), "
+        f"{result.num_shards_done} of {result.num_shards} shards; {result.num_unchanged} unchanged before",
+    )
+    for code, number in result.failures.items():
+        _line(console, f"  {code}", str(number))
+    if result.last_commit_at is not None:
+        left = "" if result.seconds_left is None else f", about {result.seconds_left:.0f} s left at this rate"
+        _line(
+            console,
+            "rate",
+            f"{result.images_per_second or 0:.2f} images a second, last commit "
+            f"{result.last_commit_at:%Y-%m-%d %H:%M:%S} UTC{left}",
+        )
+
+
+def _show_explain(result: ExplainResult, console: Console) -> None:
+    if result.is_in_manifest:
+        _line(console, result.run, f"listed {result.key}: {result.size_bytes} bytes, version {result.etag}")
+        _line(console, "shard", f"{result.shard}, {'committed' if result.is_committed else 'not committed'}")
+    else:
+        why = "done before, not matched by include, or not in the archive when the run was opened"
+        _line(console, result.run, f"has no {result.key}: {why}")
+    for row in result.rows:
+        size = f", {row.height} x {row.width}" if row.height else ""
+        _line(
+            console, row.run, f"{row.outcome} at attempt {row.attempts}, level L{row.level}{size}, version {row.etag}"
+        )
+        if row.error:
+            _line(console, "  why", row.error)
+        if row.class_pixels:
+            _line(console, "  pixels by class", ", ".join(map(str, row.class_pixels)))
+        if row.mask_uri:
+            _line(console, "  mask", row.mask_uri)
+        _line(console, "  row in", row.part_uri)
+    if not result.rows:
+        _line(console, "rows", "none in the table yet")
 
 
 def _table(title: str, first: str, *headings: str) -> Table:

@@ -20,6 +20,9 @@ from unetpp.errors import PERMANENT_IMAGE_ERRORS
 
 MAX_ATTEMPTS = 3
 
+Place = tuple[str, int, int]
+"""Key, window_y, window_x."""
+
 _PLACE = ["source_uri", "key", "window_y", "window_x"]
 _IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
 
@@ -151,6 +154,36 @@ def done_before(
             done.append(np.array([covers and _is_settled(row, run in waiting) for row in rows], bool))
             attempts.append(np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16))
     return Done(np.concatenate(identities), np.concatenate(done), np.concatenate(attempts))
+
+
+def still_failed(
+    output: str, digest: str, run: str, *, only: Collection[str] = (), waiting: Collection[str] = ()
+) -> dict[Place, int]:
+    """The images of a run whose newest row is a failure, with the attempts so far.
+
+    Args:
+        output: where the table is.
+        digest: the model's.
+        run: the run whose images are meant.
+        only: error codes that count; default: all.
+        waiting: runs whose failures are not to be tried again now.
+    """
+    by_run = _by_run(list_parts(output, digest))
+    failed: dict[Place, int] = {}
+    sources: set[str] = set()
+    for number in sorted(name for name in by_run if name >= run):
+        for batch in scan(by_run[number], [*_PLACE, "error_code", "attempts"]):
+            for row in batch.to_pylist():
+                place = (row["key"], row["window_y"], row["window_x"])
+                if number == run:
+                    sources.add(row["source_uri"])
+                if row["source_uri"] not in sources or (number != run and place not in failed):
+                    continue
+                failed.pop(place, None)
+                code = row["error_code"]
+                if code is not None and number not in waiting and (not only or code in only):
+                    failed[place] = row["attempts"]
+    return failed
 
 
 def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:

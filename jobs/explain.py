@@ -1,0 +1,48 @@
+"""The story of one image: `unetpp explain RUN KEY`."""
+
+import pyarrow.compute as pc
+
+from jobs import manifest, runs, storage, table
+from jobs.contract import Attempt, ExplainConfig, ExplainResult
+
+COLUMNS = ["key", "source_uri", "etag", "attempts", "error_code", "error", "height", "width", "level"]
+COLUMNS += ["class_pixels", "uncertainty", "mask_uri"]
+
+
+def run(config: ExplainConfig) -> ExplainResult:
+    """Look the key up in the run's manifest and in the table. ConfigError where there is no such run."""
+    run_uri = storage.canonical(config.run)
+    record, output = runs.read_record(run_uri), runs.output_of(run_uri)
+    listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256)
+    found = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
+    rows: list[Attempt] = []
+    for part in reversed(table.list_parts(output, record.model_digest)):
+        for batch in table.scan([part], COLUMNS):
+            chosen = batch.filter(
+                pc.and_(pc.equal(batch["key"], config.key), pc.equal(batch["source_uri"], record.source_uri))
+            )
+            rows += [_attempt(row, part) for row in chosen.to_pylist()]
+    first = found[0] if found else {}
+    return ExplainResult(
+        run=record.run,
+        key=config.key,
+        is_in_manifest=bool(found),
+        shard=first.get("shard"),
+        etag=first.get("etag"),
+        size_bytes=first.get("size_bytes"),
+        is_committed=any(row.run == record.run for row in rows),
+        rows=tuple(rows),
+    )
+
+
+def _attempt(row: dict[str, object], part: table.Part) -> Attempt:
+    kept = {name: row[name] for name in COLUMNS if name in Attempt.model_fields}
+    return Attempt.model_validate(
+        kept | {"run": part.run, "part_uri": part.uri, "outcome": row["error_code"] or "predicted"}
+    )
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_job
+
+    run_job("explain")
