@@ -1,0 +1,85 @@
+"""Looking after runs: how far one is, what became of an image, and another try for what failed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import explain, predict, retry, status
+from jobs.contract import ExplainConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
+from jobs.table import read_masks
+from unetpp.errors import ConfigError
+
+
+@pytest.fixture
+def run_uri(archive: Path, tiny_model: Path, tmp_path: Path) -> str:
+    """A run in which two images were damaged that are whole again by now, versions unchanged."""
+    images = Path(shutil.copytree(archive, tmp_path / "images"))
+    for name in ("a.png", "c d.png"):
+        path = images / name
+        content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        path.write_bytes(b"x" * len(content))
+        os.utime(path, ns=times)
+        (tmp_path / name).write_bytes(content)
+    settings = {"model": str(tiny_model), "input": str(images), "output": str(tmp_path / "out"), "threads": 1}
+    result = predict.run(PredictConfig.model_validate({**settings, "backend": "inline", "shard_images": 5}))
+    assert result.failures == {"decode": 2}
+    for name in ("a.png", "c d.png"):
+        path = images / name
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        path.write_bytes((tmp_path / name).read_bytes())
+        os.utime(path, ns=times)
+    return str(tmp_path / "out" / "runs" / "r00001")
+
+
+@pytest.fixture
+def again(run_uri: str) -> Callable[..., PredictResult]:
+    """Function: retry the run."""
+
+    def run(**fields: Any) -> PredictResult:
+        return retry.run(RetryConfig.model_validate({"run": run_uri, "backend": "inline", "threads": 1, **fields}))
+
+    return run
+
+
+def test_a_retry_is_a_run_of_what_failed(again, tmp_path: Path) -> None:
+    result = again()
+    assert (result.runs, result.num_listed, result.num_predicted, result.exit_code) == (("r00002",), 2, 2, 0)
+    newest = read_masks(str(tmp_path / "out"), result.model_digest, ["key", "error_code", "attempts"]).to_pylist()
+    assert {row["key"]: row["attempts"] for row in newest if row["attempts"] > 1} == {"a.png": 2, "c d.png": 2}
+    assert len(newest) == 12
+    assert all(row["error_code"] is None for row in newest)
+    assert (again().status, again().num_listed) == ("unchanged", 0)
+
+
+def test_only_the_named_causes_are_tried_again(again) -> None:
+    assert again(only=("timeout",)).status == "unchanged"
+    assert again(only=("decode",)).num_predicted == 2
+    with pytest.raises(ValueError, match="no error code nonsense"):
+        RetryConfig(run="r", only=("nonsense",))
+
+
+def test_status_counts_what_is_committed(run_uri: str, again) -> None:
+    seen = status.run(StatusConfig(run=run_uri))
+    assert (seen.state, seen.num_images, seen.num_predicted, seen.num_failed) == ("sealed", 12, 10, 2)
+    assert (seen.num_shards_done, seen.num_shards, seen.failures) == (3, 3, {"decode": 2})
+    again()
+    assert status.run(StatusConfig(run=run_uri.replace("r00001", "r00002"))).parent == "r00001"
+    with pytest.raises(ConfigError, match="there is no run at"):
+        status.run(StatusConfig(run=run_uri + "9"))
+
+
+def test_explain_tells_the_story_of_an_image(run_uri: str, again) -> None:
+    again()
+    told = explain.run(ExplainConfig(run=run_uri, key="a.png"))
+    assert (told.is_in_manifest, told.is_committed, told.shard) == (True, True, 0)
+    assert [(row.run, row.outcome, row.attempts) for row in told.rows] == [
+        ("r00002", "predicted", 2),
+        ("r00001", "decode", 1),
+    ]
+    assert Path(told.rows[0].mask_uri or "").is_file()
+    unknown = explain.run(ExplainConfig(run=run_uri, key="nothing.png"))
+    assert (unknown.is_in_manifest, unknown.is_committed, unknown.rows) == (False, False, ())
