@@ -78,7 +78,8 @@ def write_yaml(config: BaseModel) -> str:
 
 def write_command(job: str, config: BaseModel) -> str:
     """Return the `unetpp` command line that gives this config: what must be said, then what is not the default."""
-    required, changed = [], []
+    required: list[str] = []
+    changed: list[str] = []
     for path, value, default in _leaves(config):
         if value == default:
             continue
