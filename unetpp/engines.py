@@ -70,8 +70,9 @@ def decide(probability_BKHW: Tensor) -> tuple[Tensor, Tensor]:
     if probability_BKHW.shape[1] == 1:
         probability_BHW = probability_BKHW[:, 0]
         return (probability_BHW > 0.5).to(torch.uint8), (2 * probability_BHW - 1).abs()
-    best_B2HW, classes_B2HW = probability_BKHW.topk(2, dim=1)
-    return classes_B2HW[:, 0].to(torch.uint8), best_B2HW[:, 0] - best_B2HW[:, 1]
+    best_B2HW = probability_BKHW.topk(2, dim=1).values
+    # The indices of topk are arbitrary among equals; those of argmax are the first.
+    return probability_BKHW.argmax(1).to(torch.uint8), best_B2HW[:, 0] - best_B2HW[:, 1]
 
 
 class TorchEngine:
@@ -93,7 +94,7 @@ class TorchEngine:
     def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
         """See `Engine`."""
         tiles = torch.from_numpy(np.ascontiguousarray(tiles_BHWC)).to(self.device, non_blocking=True)
-        logits = {level: head[:, :, *core] for level, head in self._model(scale(tiles, self.config)).items()}
+        logits = {level: head[:, :, *core] for level, head in self._model.heads_of(scale(tiles, self.config)).items()}
         if self.mode == "fast":
             probability_BKHW = probabilities(logits[self.config.level])
         else:

@@ -106,13 +106,21 @@ class UNetPlusPlus(nn.Module):
                 f"(in_channels={self.config.in_channels})"
             )
         height, width = x_BCHW.shape[-2:]
-        x_BCHW = self._pad((x_BCHW - self.mean) / self.std)
+        heads = self.heads_of(self._pad(x_BCHW))
+        return {level: logits_BKHW[..., :height, :width] for level, logits_BKHW in heads.items()}
+
+    def heads_of(self, x_BCHW: Tensor) -> dict[int, Tensor]:
+        """As `forward`, without padding: H and W are multiples of `ModelConfig.stride`.
+
+        What is computed for a tile, whose outer box ends either inside the image or where the padded image ends.
+        """
+        x_BCHW = (x_BCHW - self.mean) / self.std
         grid: Grid = {}
         logits: dict[int, Tensor] = {}
         for depth in range(self.config.level + 1):
             self.step(depth, grid, x_BCHW)
             if depth in self.config.head_levels:
-                logits[depth] = self.heads[str(depth)](grid[0, depth])[..., :height, :width]
+                logits[depth] = self.heads[str(depth)](grid[0, depth])
         return logits
 
     def _pad(self, x_BCHW: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def masks_by_level(model: UNetPlusPlus, image: Image, *, tile_px: int = 512) -> 
     cores: dict[str, list[NDArray[np.uint8]]] = {}
     for tile in plan.tiles:
         tile_1HWC = torch.from_numpy(np.array(tiles.cut(padded_HWC, tile))[None]).to(device)
-        logits = model(scale(tile_1HWC, model.config))
+        logits = model.heads_of(scale(tile_1HWC, model.config))
         heads = {f"L{level}": probabilities(head[:, :, *tile.core_slices]) for level, head in logits.items()}
         if len(heads) > 1:
             heads["accurate"] = torch.stack(list(heads.values())).mean(0)

@@ -52,7 +52,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What is fed to the network (`outer`) and what is kept of its output (`core`), both in the padded image."""
+    """What is fed to the network (`outer`, in the padded image) and what is kept of its output (`core`)."""
 
     outer: Box
     core: Box
@@ -71,7 +71,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """The tiles of one image, row by row. Their cores partition the padded image."""
+    """The tiles of one image, row by row. Their cores partition the image, without its padding."""
 
     height: int
     width: int
@@ -109,8 +109,8 @@ def plan_tiles(height: int, width: int, *, tile_px: int, stride: int, halo_px: i
     assert pad_multiple % stride == 0, (pad_multiple, stride)
     assert halo_px % stride == 0, (halo_px, stride)
     padded_height, padded_width = _round_up(height, pad_multiple), _round_up(width, pad_multiple)
-    rows = _spans(padded_height, tile_px, halo_px)
-    columns = _spans(padded_width, tile_px, halo_px)
+    rows = _spans(height, padded_height, tile_px, halo_px)
+    columns = _spans(width, padded_width, tile_px, halo_px)
     tiles = tuple(
         Tile(outer=Box(oy0, ox0, oy1, ox1), core=Box(cy0, cx0, cy1, cx1))
         for (oy0, cy0, cy1, oy1) in rows
@@ -140,7 +140,6 @@ def stitch(plan: TilePlan, cores_HW: Iterable[Array]) -> Array:
     """One array of the image's own size from the cores of the plan's tiles, in their order.
 
     Cores are HW (masks) or HWK (logits) of one type, and may come from a generator: only one is needed at a time.
-    Padding is cut off.
     """
     whole: Array | None = None
     for tile, core in zip(plan.tiles, cores_HW, strict=True):
@@ -148,8 +147,7 @@ def stitch(plan: TilePlan, cores_HW: Iterable[Array]) -> Array:
         assert core.shape[:2] == (box.height, box.width), f"core is {core.shape[:2]}, its tile wants {box}"
         if whole is None:
             whole = np.empty((plan.height, plan.width, *core.shape[2:]), core.dtype)
-        rows, columns = min(box.y1, plan.height) - box.y0, min(box.x1, plan.width) - box.x0
-        whole[box.y0 : box.y0 + rows, box.x0 : box.x0 + columns] = core[:rows, :columns]
+        whole[box.slices] = core
     assert whole is not None, "a plan has at least one tile"
     return whole
 
@@ -158,12 +156,12 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _spans(length: int, tile_px: int, halo_px: int) -> list[tuple[int, int, int, int]]:
-    """(outer start, core start, core end, outer end) of every tile along one axis of the padded image."""
-    num_cores = max(1, -(-(length - halo_px) // tile_px))
+def _spans(length: int, padded: int, tile_px: int, halo_px: int) -> list[tuple[int, int, int, int]]:
+    """(outer start, core start, core end, outer end) of every tile along one axis."""
+    num_cores = max(1, -(-(padded - halo_px) // tile_px))
     starts = [index * tile_px for index in range(num_cores)]
-    ends = [*starts[1:], length]
+    outer_ends = [min(padded, start + halo_px) for start in starts[1:]]
     return [
-        (max(0, start - halo_px), start, end, min(length, end + halo_px))
-        for start, end in zip(starts, ends, strict=True)
+        (max(0, start - halo_px), start, end, outer_end)
+        for start, end, outer_end in zip(starts, [*starts[1:], length], [*outer_ends, padded], strict=True)
     ]

@@ -38,7 +38,7 @@ def random_image(height: int, width: int, channels: int = 3, seed: int = 0) -> N
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
 
 
-def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int) -> NDArray[np.float32]:
+def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int) -> NDArray[np.floating]:
     config = model.config
     padded = pad(image_HWC, config.pad_multiple)
     plan = plan_tiles(
@@ -49,35 +49,63 @@ def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int
         pad_multiple=config.pad_multiple,
     )
 
-    def core(tile) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
-        logits = model(scale(torch.from_numpy(np.array(cut(padded, tile)[None])), config))[config.level]
+    def core(tile) -> NDArray[np.floating]:  # type: ignore[no-untyped-def]
+        x_BCHW = scale(torch.from_numpy(np.array(cut(padded, tile)[None])), config)
+        logits = model.heads_of(x_BCHW.to(next(model.parameters()).dtype))[config.level]
         return logits[0].permute(1, 2, 0).numpy()[tile.core_slices]
 
     return stitch(plan, (core(tile) for tile in plan.tiles))
 
 
+def exact_model(level: int, upsample: str) -> UNetPlusPlus:
+    """A model whose arithmetic has no rounding, so that the order of its sums, which kernels choose by shape, is moot.
+
+    Weights are a few of -1, 0, 1, inputs multiples of 1/256, bilinear factors multiples of 1/16.
+    """
+    torch.manual_seed(level)
+    config = {"filters": NARROW, "level": level, "upsample": upsample, "norm": "none", "deep_supervision": False}
+    model = UNetPlusPlus(ModelConfig.model_validate({**config, "value_range": {"uint8": (0, 256)}})).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            # A transposed convolution's output sees each input channel once, a convolution's its whole kernel.
+            fan_in = layer.weight[0].numel() if isinstance(layer, torch.nn.Conv2d) else layer.in_channels
+            keep = torch.rand_like(layer.weight) < 4 / fan_in
+            layer.weight.data = keep * torch.randint_like(layer.weight, 2).mul(2).sub(1)
+            torch.nn.init.ones_(layer.bias)
+    return model
+
+
+TILINGS = [((301, 275), 64), ((301, 275), 128), ((64, 401), 96), ((513, 130), 256)]
+"""Image size, tile_px: odd sizes, remainders that join their neighbour, sides below one tile."""
+
+
 @pytest.mark.parametrize(("level", "upsample"), list(itertools.product(LEVELS, ("deconv", "nearest", "bilinear"))))
-@pytest.mark.parametrize(("size", "tile_px"), [((301, 275), 64), ((301, 275), 128), ((64, 401), 96), ((513, 130), 256)])
+@pytest.mark.parametrize(("size", "tile_px"), TILINGS)
 @torch.no_grad()
 def test_tiling_is_invisible(level: int, upsample: str, size: tuple[int, int], tile_px: int) -> None:
-    model = random_model(level=level, upsample=upsample, deep_supervision=False)
     image = random_image(*size)
+    exact = exact_model(level, upsample).double()
+    whole = tiled_logits(exact, image, 1024)
+    assert whole.std() > 0
+    assert np.abs(whole).max() < 2**30
+    assert np.array_equal(tiled_logits(exact, image, tile_px), whole)
+
+    model = random_model(level=level, upsample=upsample, deep_supervision=False)
     whole = tiled_logits(model, image, 1024)
     tiled = tiled_logits(model, image, tile_px)
     assert tiled.shape == (*size, 1)
-    if level <= 2:
-        assert np.array_equal(tiled, whole)
-    else:
-        assert np.abs(tiled - whole).max() < 1e-5
-    assert np.array_equal(tiled > 0, whole > 0)
+    assert np.abs(tiled - whole).max() < 1e-5
+    sure = np.abs(whole) > 1e-5
+    assert np.array_equal((tiled > 0)[sure], (whole > 0)[sure])
 
 
-@pytest.mark.parametrize(("level", "upsample"), list(itertools.product(LEVELS, ("deconv", "nearest", "bilinear"))))
-def test_masks_do_not_depend_on_the_tile_size(tmp_path: Path, level: int, upsample: str) -> None:
-    save_pretrained(random_model(upsample=upsample), tmp_path)
+@pytest.mark.parametrize("level", LEVELS)
+def test_masks_do_not_depend_on_the_tile_size(tmp_path: Path, level: int) -> None:
+    save_pretrained(exact_model(level, "deconv"), tmp_path)
     images = [random_image(333, 210), random_image(40, 500, seed=1)]
-    whole = Predictor.from_pretrained(tmp_path, level=level, tile_px=1024)(images)
-    tiled = Predictor.from_pretrained(tmp_path, level=level, tile_px=64)(images)
+    whole = Predictor.from_pretrained(tmp_path, tile_px=1024)(images)
+    tiled = Predictor.from_pretrained(tmp_path, tile_px=64)(images)
+    assert 0 < whole[0].mean() < 1
     assert all(np.array_equal(a, b) for a, b in zip(whole, tiled, strict=True))
 
 
@@ -155,7 +183,7 @@ def test_one_pass_gives_every_level_and_accurate_mode(tmp_path: Path) -> None:
 
 def test_accurate_mode_needs_the_heads(tmp_path: Path) -> None:
     save_pretrained(prune(random_model(), 2), tmp_path)
-    with pytest.raises(ConfigError, match=r"accurate mode averages .* heads \[2\] only"):
+    with pytest.raises(ConfigError, match=r"accurate mode averages .* this model has \[2\] only"):
         Predictor.from_pretrained(tmp_path, mode="accurate")
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
-from unetpp.tiles import TilePlan, cut, pad, plan_tiles, stitch
+from unetpp.tiles import Box, TilePlan, cut, pad, plan_tiles, stitch
 
 sides = st.integers(1, 700)
 models = st.builds(
@@ -31,10 +31,11 @@ def plan_for(model: ModelConfig, height: int, width: int, tile_px: int) -> TileP
 
 
 @given(sides, sides, models, cores)
-def test_cores_partition_the_padded_image(height: int, width: int, model: ModelConfig, core: int) -> None:
+def test_cores_partition_the_image(height: int, width: int, model: ModelConfig, core: int) -> None:
     plan = plan_for(model, height, width, core * model.pad_multiple)
-    covered = np.zeros((plan.padded_height, plan.padded_width), np.int32)
+    covered = np.zeros((height, width), np.int32)
     for tile in plan.tiles:
+        assert min(tile.core.height, tile.core.width) >= 1
         covered[tile.core.slices] += 1
     assert (covered == 1).all()
     assert 0 <= plan.padded_height - height < model.pad_multiple
@@ -43,12 +44,13 @@ def test_cores_partition_the_padded_image(height: int, width: int, model: ModelC
 
 @given(sides, sides, models, cores)
 def test_a_tile_reaches_its_halo_or_the_true_border(height: int, width: int, model: ModelConfig, core: int) -> None:
-    plan = plan_for(model, height, width, core * model.pad_multiple)
+    plan, halo_px = plan_for(model, height, width, core * model.pad_multiple), model.halo_px
     for tile in plan.tiles:
-        assert tile.outer.y0 == max(0, tile.core.y0 - model.halo_px)
-        assert tile.outer.x0 == max(0, tile.core.x0 - model.halo_px)
-        assert tile.outer.y1 == min(plan.padded_height, tile.core.y1 + model.halo_px)
-        assert tile.outer.x1 == min(plan.padded_width, tile.core.x1 + model.halo_px)
+        assert tile.outer.y0 == max(0, tile.core.y0 - halo_px)
+        assert tile.outer.x0 == max(0, tile.core.x0 - halo_px)
+        at_bottom, at_right = tile.core.y1 == height, tile.core.x1 == width
+        assert tile.outer.y1 == (plan.padded_height if at_bottom else min(plan.padded_height, tile.core.y1 + halo_px))
+        assert tile.outer.x1 == (plan.padded_width if at_right else min(plan.padded_width, tile.core.x1 + halo_px))
 
 
 @given(sides, sides, models, cores)
@@ -88,7 +90,7 @@ def test_an_image_up_to_one_core_is_one_tile(height: int, width: int, model: Mod
     tile_px = core * model.pad_multiple
     plan = plan_for(model, min(height, tile_px), min(width, tile_px), tile_px)
     assert len(plan.tiles) == 1
-    assert plan.tiles[0].outer == plan.tiles[0].core
+    assert plan.tiles[0].outer == Box(0, 0, plan.padded_height, plan.padded_width)
 
 
 def test_a_cut_tile_sees_its_neighbours_pixels() -> None:
