@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -77,7 +76,7 @@ def _pass_on(lines: IO[str], tail: deque[str]) -> None:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     """Interrupt the job, so that it ends resumable; kill it if it does not end."""
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # not SIGINT, which whatever a shell starts in the background ignores
     try:
         process.wait(timeout=STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

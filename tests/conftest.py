@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -263,6 +264,8 @@ def run_unetpp() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # What a shell starts in the background ignores SIGINT, and so would the child.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )

@@ -37,7 +37,13 @@ def test_an_interrupted_flow_stops_its_job(tmp_path: Path) -> None:
         "from jobs.contract import SynthConfig, SynthResult\n"
         f"run_job('synth', SynthConfig(out={str(tmp_path / 'set')!r}, num=1_000_000), SynthResult)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, start_new_session=True) as flow:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # What a shell starts in the background ignores SIGINT, and so would the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as flow:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "set").glob("images/*")) and time.monotonic() < deadline:
             time.sleep(0.2)
