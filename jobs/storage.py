@@ -136,7 +136,7 @@ def refuses_overwrites(root: str | Path) -> bool:
 
     Some S3 servers ignore the condition. StorageError where the place cannot be written at all.
     """
-    probe = join(canonical(root), f".probe-{uuid.uuid4().hex}")
+    probe = join(canonical(root), SCRATCH, f"probe-{uuid.uuid4().hex}")
     try:
         put_if_absent(probe, b"1", root=root)
         return not put_if_absent(probe, b"2", root=root)
