@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from jobs import hints
 from jobs.cluster import local_ray
 from jobs.manifest import Shard
-from jobs.progress import interruptible
+from jobs.progress import Drain, draining
 from jobs.shard import Task, Worker
 from jobs.sink import Footer
 from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
@@ -19,21 +20,27 @@ _STOPPING = (AbandonedError, ConfigError, ModelError, StorageError)
 _STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in _STOPPING}
 
 
-def inline(task: Task, shards: Sequence[Shard], predictor: Predictor) -> Generator[Footer]:
-    """One shard after the other in this process, with the model that is loaded already."""
-    with Worker(task, predictor) as worker:
+def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Drain) -> Generator[Footer]:
+    """One shard after the other in this process, with the model that is loaded already; fewer when told to drain."""
+    with Worker(task, predictor) as worker, draining(drain, task.config.drain_s):
         for shard in shards:
-            yield worker(shard)
+            if drain.is_asked or (footer := worker(shard)) is None:
+                return
+            yield footer
 
 
-def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Generator[Footer]:
+def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Footer]:
     """Shards on a pool of actors, footers as they come. One block a shard: Ray's task, retry and commit are one thing.
 
     What a worker refuses to go on with (StorageError, ...) comes back as data and is raised here. A worker that dies is
-    restarted, a few times; then UnetppError.
+    restarted, a few times; then UnetppError. When told to drain, the shards that are not begun come to nothing.
     """
-    num_cpus = task.threads or 1
-    with local_ray(num_cpus * (num_workers or 1)), interruptible():
+    num_cpus, num_workers = task.threads or 1, task.config.num_workers
+
+    def tell_workers() -> None:
+        hints.stop(task.hints_uri, task.call)
+
+    with local_ray(num_cpus * (num_workers or 1)), draining(drain, task.config.drain_s, tell_workers):
         import ray.data
         import ray.exceptions
 
@@ -55,7 +62,8 @@ def on_ray(task: Task, shards: Sequence[Shard], num_workers: int | None) -> Gene
             for answer in footers.iter_rows():
                 if answer["stop"]:
                     raise _STOPS[answer["stop"]](answer["text"])
-                yield Footer.model_validate_json(answer["text"])
+                if answer["text"]:
+                    yield Footer.model_validate_json(answer["text"])
         except ray.exceptions.RayError as error:
             raise UnetppError(
                 f"Ray gave up on a shard of run {task.run} after its worker died {MAX_TASK_RETRIES + 1} times "
@@ -82,9 +90,9 @@ class ShardActor:
         self._worker = Worker(task)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """One shard: its footer, or why the run must stop."""
+        """One shard: its footer, or why the run must stop; neither where the call is to end."""
         try:
             footer = self._worker(Shard(int(row["number"]), int(row["start"]), int(row["stop"])))
         except _STOPPING as error:
             return {"stop": type(error).__name__, "text": str(error)}
-        return {"stop": "", "text": footer.model_dump_json()}
+        return {"stop": "", "text": "" if footer is None else footer.model_dump_json()}

@@ -249,6 +249,12 @@ class PredictOptions(Frozen):
     max_failed_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="stop (exit 5) when more than this share of at least 500 images failed; 1: never"
     )
+    lease_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="silence after which another driver of the same run takes over; 0: no lease, all work at once"
+    )
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="time that shards in flight get to be committed after Ctrl-C or SIGTERM"
+    )
     single_writer: bool = Field(
         False, description="accept a store that cannot refuse overwrites; never start two runs on it at once"
     )

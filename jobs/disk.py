@@ -118,6 +118,23 @@ def delete(path: str) -> None:
         os.unlink(path)
 
 
+def age_s(path: str, scratch_dir: str) -> float | None:
+    """Seconds since the file was written, None where it is absent: by its file system's clock, asked with a probe."""
+    probe = os.path.join(scratch_dir, uuid.uuid4().hex)
+    with _translated(path):
+        try:
+            written = os.stat(path).st_mtime
+        except FileNotFoundError:
+            return None
+        os.makedirs(scratch_dir, exist_ok=True)
+        try:
+            with open(probe, "xb") as file:
+                return os.fstat(file.fileno()).st_mtime - written
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(probe)
+
+
 def sweep(scratch_dir: str, older_than_s: float) -> None:
     """Remove what killed processes left in a scratch folder."""
     with contextlib.suppress(OSError), os.scandir(scratch_dir) as entries:

@@ -66,6 +66,8 @@ class Shard(NamedTuple):
     number: int
     start: int
     stop: int
+    size_bytes: int = 0
+    """Of its images as they are stored: what its work is guessed by."""
 
     @property
     def num_images(self) -> int:
@@ -157,10 +159,13 @@ def read(manifest_uri: str, sha256: str, columns: Sequence[str] = SCHEMA.names) 
 
 def shards(manifest_uri: str, sha256: str) -> list[Shard]:
     """Every shard of a manifest; StorageError as `read`."""
-    numbers = read(manifest_uri, sha256, ["shard"])["shard"].to_numpy()
+    table = read(manifest_uri, sha256, ["shard", "size_bytes"])
+    numbers = table["shard"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     stops = np.append(starts[1:], len(numbers))
-    return [Shard(int(numbers[start]), int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+    sizes = np.add.reduceat(table["size_bytes"].to_numpy(), starts)
+    places = zip(numbers[starts].tolist(), starts.tolist(), stops.tolist(), sizes.tolist(), strict=True)
+    return [Shard._make(place) for place in places]
 
 
 def read_rows(manifest_uri: str, shard: Shard) -> list[ManifestRow]:

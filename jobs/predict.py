@@ -7,17 +7,19 @@ command. A bad image becomes a row with `error_code`; a bad world (StorageError)
 import contextlib
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Literal
 
-from jobs import backends, storage, table
+from jobs import backends, lease, storage, table
 from jobs.command_line import exit_code
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.finish import check_law, seal
+from jobs.lease import Lease
 from jobs.manifest import Shard
-from jobs.progress import Breaker, Progress, interruptible
-from jobs.runs import Archive, Opening, RunRecord, open_run, pending_shards
+from jobs.progress import Breaker, Drain, Progress, interruptible
+from jobs.runs import HINTS, Archive, Opening, RunRecord, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
 from unetpp.errors import ConfigError, UnetppError
@@ -84,13 +86,24 @@ class _Call:
             if not isinstance(opening, Opening):
                 return self._finished(opening.num_listed)
             self._record = opening.record
-            self._execute(archive, opening, predictor)
+            if not self._is_done(archive, opening, predictor):
+                continue  # it is open still, or given up: look again what there is to do
             self._sealed.append(seal(archive, opening.record, self._seconds))
             self._record = None
             if opening.is_ours:
                 return self._finished()
 
-    def _execute(self, archive: Archive, opening: Opening, predictor: Predictor) -> None:
+    def _is_done(self, archive: Archive, opening: Opening, predictor: Predictor) -> bool:
+        """Work on the run, or follow the driver that does, until all its shards are committed or that one is gone."""
+        if not self._config.lease_s:
+            return self._execute(archive, opening, predictor, None)
+        if (held := lease.take(archive, opening.record, self._config.lease_s)) is None:
+            return lease.follow(archive, opening.record) == "sealed"
+        with held:
+            return self._execute(archive, opening, predictor, held)
+
+    def _execute(self, archive: Archive, opening: Opening, predictor: Predictor, held: Lease | None) -> bool:
+        """Take the run's shards through the workers. False where the lease was lost on the way."""
         record = opening.record
         shards = pending_shards(archive, record)
         num_done = record.num_images - sum(shard.num_images for shard in shards)
@@ -102,19 +115,28 @@ class _Call:
             record.num_shards,
             num_done,
         )
-        if not opening.is_ours:
+        if held is None and not opening.is_ours:
             shards.reverse()  # should the driver that opened the run be alive, the two meet in the middle
+        drain, num_committed = Drain(), 0
         with (
             Progress(record.run, record.num_images, num_done) as progress,
-            contextlib.closing(self._footers(archive, record, shards, predictor)) as footers,
+            contextlib.closing(self._footers(archive, record, shards, predictor, drain)) as footers,
         ):
             breaker = Breaker(record.run, self._config.max_failed_share)
             for footer in footers:
+                num_committed += 1
                 progress.advance(footer)
                 breaker.count(footer)
+                if held is not None:
+                    held.advance(progress.num_done)
+                    if held.is_lost:
+                        return False
+        if num_committed < len(shards):
+            raise KeyboardInterrupt
+        return True
 
     def _footers(
-        self, archive: Archive, record: RunRecord, shards: list[Shard], predictor: Predictor
+        self, archive: Archive, record: RunRecord, shards: list[Shard], predictor: Predictor, drain: Drain
     ) -> Generator[Footer]:
         on_ray = self._config.backend == "ray"
         task = Task(
@@ -127,10 +149,12 @@ class _Call:
             manifest_sha256=record.manifest_sha256,
             config=self._config,
             threads=self._config.threads or (1 if on_ray else None),
+            hints_uri=archive.run_uri(record.run, HINTS),
+            call=uuid.uuid4().hex,
         )
         if on_ray and shards:
-            return backends.on_ray(task, shards, self._config.num_workers)
-        return backends.inline(task, shards, predictor)
+            return backends.on_ray(task, shards, drain)
+        return backends.inline(task, shards, predictor, drain)
 
     def _finished(self, num_listed_now: int = 0) -> PredictResult:
         """What all runs add up to; with none, `num_listed_now` images are all done."""

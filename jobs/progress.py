@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -109,15 +109,68 @@ def _bar() -> Bar:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside the block SIGTERM does what Ctrl-C does: KeyboardInterrupt. Only a main thread can ask for it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    with _handled(interrupt, signal.SIGTERM):
+        yield
+
+
+class Drain:
+    """How work ends early: what is in flight may end, nothing new begins. Asked for by the first SIGTERM or Ctrl-C."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    @property
+    def is_asked(self) -> bool:
+        """Nothing new is to begin."""
+        return self._asked.is_set()
+
+    def ask(self) -> None:
+        """Let what is in flight end, and begin nothing new."""
+        self._asked.set()
+
+
+@contextlib.contextmanager
+def draining(drain: Drain, grace_s: float, on_ask: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the block the first SIGTERM or Ctrl-C asks `drain`; a second one, or `grace_s`, is a KeyboardInterrupt.
+
+    `on_ask` is called once, in a thread of its own, to tell others. Only a main thread can be asked.
+    """
+    timer: threading.Timer | None = None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal timer
+        if drain.is_asked or not grace_s:
+            raise KeyboardInterrupt
+        drain.ask()
+        logger.info("stopping: shards in flight get %g s to be committed; once more stops at once", grace_s)
+        threading.Thread(target=on_ask, daemon=True).start()
+        timer = threading.Timer(grace_s, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+
+    try:
+        with _handled(interrupt, signal.SIGTERM, signal.SIGINT):
+            yield
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A signal that is ignored, as Ctrl-C is by what a shell starts in the background, stays ignored.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

@@ -1,7 +1,8 @@
 """A run's life in the store: opened once, resumed while parts are missing, sealed when all are there.
 
 ```
-<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  result.json  report.html  _SUCCESS.json | _ABANDONED.json
+<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  hints/
+                         result.json  report.html  _SUCCESS.json | _ABANDONED.json
 ```
 `run.json`, put if absent, opens a run; the parts in the table are its progress; all else can be rebuilt from these.
 """
@@ -24,7 +25,7 @@ from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 
-SUCCESS, ABANDONED = "_SUCCESS.json", "_ABANDONED.json"
+SUCCESS, ABANDONED, HINTS = "_SUCCESS.json", "_ABANDONED.json", "hints"
 
 
 class RunRecord(BaseModel):
@@ -125,7 +126,10 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             and found[record.run] != "sealed"
         ]
         for record in unfinished:
-            if found[record.run] == "open" and record.fingerprint == archive.fingerprint:
+            if found[record.run] != "open":
+                continue
+            # Where all is committed and only the sealing was cut off, no setting matters any more.
+            if record.fingerprint == archive.fingerprint or not pending_shards(archive, record):
                 return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
@@ -224,12 +228,12 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
 
 
 def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
-    """The shards of a run that are not committed."""
+    """The shards of a run that are not committed, the largest first: the last to end should be small ones."""
     committed = {part.shard for part in table.list_parts(archive.output_uri, archive.model_digest, record.run)}
     if len(committed) == record.num_shards:
         return []
     every = manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256)
-    return [shard for shard in every if shard.number not in committed]
+    return sorted((shard for shard in every if shard.number not in committed), key=lambda shard: -shard.size_bytes)
 
 
 def _abandon(archive: Archive, record: RunRecord, by: str) -> None:

@@ -8,6 +8,8 @@ import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -143,14 +145,24 @@ class S3:
 
     def exists(self, uri: str) -> bool:
         """Whether there is an object of that name."""
+        return self._head(uri) is not None
+
+    def age_s(self, uri: str) -> float | None:
+        """Seconds since the object was written, by the store's clock; None where it is absent."""
+        if (head := self._head(uri)) is None:
+            return None
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        written: datetime = head["LastModified"]
+        return (now - written).total_seconds()
+
+    def _head(self, uri: str) -> dict[str, Any] | None:
         bucket, key = split(uri)
         try:
-            self._retried(uri, lambda: self._client._call_s3("head_object", Bucket=bucket, Key=key))
+            return self._retried(uri, lambda: self._client._call_s3("head_object", Bucket=bucket, Key=key))
         except _Refused as refused:
             if refused.status == 404:
-                return False
+                return None
             raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
-        return True
 
     @property
     def endpoint(self) -> str:

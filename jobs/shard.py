@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from jobs import manifest, sink, storage
+from jobs import hints, manifest, sink, storage
 from jobs.contract import PredictConfig
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
@@ -42,6 +42,9 @@ class Task:
     config: PredictConfig
     threads: int | None
     """CPU threads of the engine; None: all cores."""
+    hints_uri: str
+    call: str
+    """Names the driver's call, which may be told to stop."""
 
     def part_uri(self, shard: int) -> str:
         """Where a shard's part is committed."""
@@ -225,17 +228,20 @@ class Worker:
             )
         return predictor
 
-    def __call__(self, shard: Shard) -> Footer:
-        """Do one shard; nothing but a look where it is committed already."""
+    def __call__(self, shard: Shard) -> Footer | None:
+        """Do one shard; nothing but a look where it is committed already. None where the call is to end."""
         uri = self.task.part_uri(shard.number)
         if storage.exists(uri):
             with storage.arrow(uri) as (filesystem, path):
                 footer = sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
             sink.refuse_abandoned(footer)
             return footer
-        items = read_shard(self.task, shard, self._threads)
-        outcomes = predict_shard(self.predictor, items)
-        return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
+        if hints.look(self.task.hints_uri, self.task.call, shard.number).is_stopped:
+            return None
+        with hints.in_flight(self.task.hints_uri, shard.number):
+            items = read_shard(self.task, shard, self._threads)
+            outcomes = predict_shard(self.predictor, items)
+            return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
 
     def __enter__(self) -> Self:
         return self

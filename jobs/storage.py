@@ -144,6 +144,17 @@ def refuses_overwrites(root: str | Path) -> bool:
         delete(probe)
 
 
+def age_s(uri: str | Path, *, root: str | Path) -> float | None:
+    """Seconds since the object was last written, by the store's own clock; None where it is absent.
+
+    `root` is a place of the same store whose scratch folder a local probe may use.
+    """
+    place = _object(uri)
+    if is_remote(place):
+        return s3.connect().age_s(place)
+    return disk.age_s(place, join(canonical(root), SCRATCH))
+
+
 def sweep_scratch(root: str | Path) -> None:
     """Remove day-old leftovers of killed writers below a local `root`."""
     if not is_remote(place := canonical(root)):

@@ -325,6 +325,8 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
         manifest_sha256=record.manifest_sha256,
         config=PredictConfig.model_validate(record.config),
         threads=1,
+        hints_uri=f"{tmp_path}/out/runs/{record.run}/hints",
+        call="call",
     )
     return task, manifest.shards(task.manifest_uri, task.manifest_sha256)
 
@@ -380,9 +382,12 @@ def test_a_half_abandoned_run_is_given_up_whole_by_the_next_call(segment, tmp_pa
     assert [footer.abandoned_by for footer in read_footers(parts)] == ["r00002"] * 4
 
 
-def test_a_run_whose_parts_are_all_there_is_not_in_the_way(segment, tmp_path: Path) -> None:
+def test_a_run_whose_parts_are_all_there_is_sealed_whatever_the_settings(segment, tmp_path: Path) -> None:
     segment()
+    table = _files(tmp_path / "out" / "table")
     (tmp_path / "out" / "runs" / "r00001" / "_SUCCESS.json").unlink()
+    assert segment(shard_images=3).runs == ("r00001",)
+    assert _files(tmp_path / "out" / "table") == table
     assert segment(shard_images=3).status == "unchanged"
 
 

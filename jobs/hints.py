@@ -1,0 +1,50 @@
+"""Notes of a run that decide nothing: which shards are in flight, and that a call is to end.
+
+```
+<output>/runs/<run id>/hints/shard-00007.<uuid>      put before the shard is begun, removed at its end
+<output>/runs/<run id>/hints/stop.<call>             the call's driver wants no more shards begun
+```
+A shard's note that stays tells that its worker was killed over it.
+"""
+
+import contextlib
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jobs import storage
+from unetpp.errors import UnetppError
+
+
+class Seen(NamedTuple):
+    """What the notes say before a shard is begun."""
+
+    is_stopped: bool
+    """The call is to end."""
+    num_tries: int
+    """Workers that began the shard and neither ended it nor gave it up: dead ones, or another driver's."""
+
+
+def look(hints_uri: str, call: str, shard: int) -> Seen:
+    """Read the notes: one listing, of as many notes as there are shards in flight."""
+    names = [found.key for found in storage.list_objects(hints_uri, missing_ok=True)]
+    return Seen(f"stop.{call}" in names, sum(name.startswith(f"shard-{shard:05d}.") for name in names))
+
+
+@contextlib.contextmanager
+def in_flight(hints_uri: str, shard: int) -> Iterator[None]:
+    """Inside the block the shard is noted as begun; only a killed process leaves the note."""
+    uri = storage.join(hints_uri, f"shard-{shard:05d}.{uuid.uuid4().hex}")
+    storage.write_bytes(uri, f"{socket.gethostname()} {os.getpid()}".encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(UnetppError):
+            storage.delete(uri)
+
+
+def stop(hints_uri: str, call: str) -> None:
+    """Tell the workers of a call to begin nothing more."""
+    storage.write_bytes(storage.join(hints_uri, f"stop.{call}"), b"")
