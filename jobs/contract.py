@@ -246,6 +246,12 @@ class PredictOptions(Frozen):
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
+    decode_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="CPU time that decoding one image may take; longer ones become timeout rows"
+    )
+    decode_memory_mb: Annotated[int, Field(ge=64)] = Field(
+        4096, description="memory, MiB, that decoding one image may take; others become too_large rows"
+    )
     max_failed_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="stop (exit 5) when more than this share of at least 500 images failed; 1: never"
     )

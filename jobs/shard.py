@@ -3,9 +3,11 @@
 They are chained lazily: one batch of images is decoded at a time, and a stage drops what it consumed.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -18,14 +20,19 @@ from numpy.typing import NDArray
 
 from jobs import hints, manifest, sink, storage
 from jobs.contract import PredictConfig
+from jobs.guarded import DecodePool, GuardedPredictor, Limits
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
 from unetpp.errors import ImageError, ModelError, StorageError
-from unetpp.images import decode_image, decode_mask, encode_mask
+from unetpp.images import decode_mask, encode_mask
 from unetpp.predictor import Image, Prediction, Predictor
 
+logger = logging.getLogger(__name__)
+
 BATCH_PIXELS = 16_000_000
+MAX_TRIES = 2
+"""Workers that may die over a shard before its images are predicted behind a guard."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor) -> Iterator[Item]:
+def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Iterator[Item]:
     """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad."""
     rows = manifest.read_rows(task.manifest_uri, shard)
 
@@ -85,26 +92,26 @@ def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor) -> Iterato
             continue
         started = time.perf_counter()
         try:
-            image_HWC, error = decode_image(content, max_pixels=task.config.max_pixels), None
+            image_HWC, error = decoders.decode(content), None
         except ImageError as refused:
             image_HWC, error = None, refused
         yield Item(row, image_HWC, error, time.perf_counter() - started)
 
 
-def predict_shard(predictor: Predictor, items: Iterable[Item]) -> Iterator[Outcome]:
+def predict_shard(predictor: Predictor | GuardedPredictor, items: Iterable[Item]) -> Iterator[Outcome]:
     """Predict in batches as the engine likes them: on CPU one image at a time."""
     batch: list[Item] = []
     num_pixels = 0
     for item in items:
         batch.append(item)
         num_pixels += 0 if item.image_HWC is None else item.image_HWC.shape[0] * item.image_HWC.shape[1]
-        if len(batch) >= predictor.engine.batch_tiles or num_pixels >= BATCH_PIXELS:
+        if len(batch) >= predictor.batch_images or num_pixels >= BATCH_PIXELS:
             yield from _predict(predictor, batch)
             batch, num_pixels = [], 0
     yield from _predict(predictor, batch)
 
 
-def _predict(predictor: Predictor, batch: list[Item]) -> Iterator[Outcome]:
+def _predict(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iterator[Outcome]:
     images = [item.image_HWC for item in batch if item.image_HWC is not None]
     started = time.perf_counter()
     failure: ImageError | None = None
@@ -214,6 +221,7 @@ class Worker:
     def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
         self.task = task
         self._threads = storage.io_threads()
+        self._decoders = new_decoders(task.config)
         if predictor is not None:
             self.predictor = predictor
 
@@ -236,12 +244,25 @@ class Worker:
                 footer = sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
             sink.refuse_abandoned(footer)
             return footer
-        if hints.look(self.task.hints_uri, self.task.call, shard.number).is_stopped:
+        seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
+        if seen.is_stopped:
             return None
-        with hints.in_flight(self.task.hints_uri, shard.number):
-            items = read_shard(self.task, shard, self._threads)
-            outcomes = predict_shard(self.predictor, items)
+        with hints.in_flight(self.task.hints_uri, shard.number), self._predictor_after(seen.num_tries) as predictor:
+            items = read_shard(self.task, shard, self._threads, self._decoders)
+            outcomes = predict_shard(predictor, items)
             return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
+
+    @contextmanager
+    def _predictor_after(self, num_tries: int) -> Iterator[Predictor | GuardedPredictor]:
+        """The predictor for a shard that was begun and not ended `num_tries` times: in the end one that may die."""
+        if num_tries < MAX_TRIES:
+            yield self.predictor
+            return
+        config = self.task.config
+        logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
+        model_dir = fetch_model(self.task.model_uri)
+        with GuardedPredictor(model_dir, self.predictor.level, config.mode, config.tile_px) as guarded:
+            yield guarded
 
     def __enter__(self) -> Self:
         return self
@@ -250,6 +271,13 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._decoders.close()
+
+
+def new_decoders(config: PredictConfig) -> DecodePool:
+    """Decoders with the limits of a config; the caller closes them."""
+    limits = Limits(config.decode_seconds, config.decode_memory_mb << 20)
+    return DecodePool(1, max_pixels=config.max_pixels, limits=limits)
 
 
 def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:

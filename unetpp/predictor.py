@@ -13,10 +13,13 @@ from unetpp import tiles
 from unetpp.checkpoint import digest, from_pretrained
 from unetpp.config import Level, ModelConfig
 from unetpp.engines import Engine, Mode, Pixels, TileStats, TorchEngine, decide, probabilities, scale
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.model import UNetPlusPlus
 from unetpp.prune import prune
+
+MIN_TILE_PX = 64
+"""Smaller tiles would be nearly all halo. A multiple of every pad_multiple."""
 
 EngineName = Literal["torch"]
 Image = Pixels
@@ -92,17 +95,48 @@ class Predictor:
         """Channels that the network reads; images are adapted to it."""
         return self.config.in_channels
 
+    @property
+    def batch_images(self) -> int:
+        """Images that are worth handing over at a time."""
+        return self.engine.batch_tiles
+
     def __call__(self, images: Sequence[Image]) -> list[NDArray[np.uint8]]:
         """Masks of class ids, uint8 HW, each of its image's size."""
         return [prediction.mask_HW for prediction in self.predict(images)]
 
     def predict(self, images: Sequence[Image]) -> list[Prediction]:
-        """Masks with their uncertainty. Tiles of one shape share forwards where the engine gains from it."""
+        """Masks with their uncertainty. Tiles of one shape share forwards where the engine gains from it.
+
+        Where memory runs out, smaller batches are tried, then smaller tiles: that is in `degraded`, and the masks are
+        the same ones. ImageError `crash` where nothing helps.
+        """
+        batch_tiles, tile_px, degraded = self.engine.batch_tiles, self.tile_px, None
+        while True:
+            try:
+                return self._predict(images, batch_tiles, tile_px, degraded)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Outside of the except block nothing holds on to the failed forward's tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if batch_tiles > 1:
+                batch_tiles //= 2
+                degraded = f"batch {batch_tiles}"
+            elif tile_px > MIN_TILE_PX:
+                tile_px = max(MIN_TILE_PX, tile_px // 2 // MIN_TILE_PX * MIN_TILE_PX)
+                degraded = f"tile {tile_px} px"
+            else:  # `crash` is tried again later, maybe where there is more memory; `too_large` would not be
+                raise ImageError("crash", f"out of memory, even for tiles of {tile_px} px")
+
+    def _predict(
+        self, images: Sequence[Image], batch_tiles: int, tile_px: int, degraded: str | None
+    ) -> list[Prediction]:
         padded = [_prepare(image, self.config) for image in images]
-        plans = [_plan(image.shape[:2], self.config, self.tile_px) for image in images]
+        plans = [_plan(image.shape[:2], self.config, tile_px) for image in images]
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
         stats: list[list[tuple[TileStats, int]]] = [[] for _ in plans]
-        for members in self._batches(padded, plans):
+        for members in _batches(padded, plans, batch_tiles):
             tiles_BHWC = np.stack([tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members])
             first = plans[members[0][0]].tiles[members[0][1]]
             masks_BHW, tile_stats = self.engine(tiles_BHWC, first.core_slices)
@@ -110,30 +144,43 @@ class Predictor:
                 cores[n][t] = mask_HW
                 stats[n].append((tile_stat, mask_HW.size))
         return [
-            _prediction(plan, image_cores, image_stats)
+            _prediction(plan, image_cores, image_stats, degraded)
             for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
         ]
 
-    def _batches(self, padded: Sequence[Image], plans: Sequence[tiles.TilePlan]) -> Iterator[list[tuple[int, int]]]:
-        """(image, tile) numbers, at most `batch_tiles` of one shape, core and pixel type at a time."""
-        alike: dict[object, list[tuple[int, int]]] = {}
-        for n, plan in enumerate(plans):
-            for t, tile in enumerate(plan.tiles):
-                rows, columns = tile.core_slices
-                kind = (tile.shape, rows.start, columns.start, tile.core.height, tile.core.width, padded[n].dtype)
-                members = alike.setdefault(kind, [])
-                members.append((n, t))
-                if len(members) == self.engine.batch_tiles:
-                    yield alike.pop(kind)
-        yield from alike.values()
+
+def _batches(
+    padded: Sequence[Image], plans: Sequence[tiles.TilePlan], batch_tiles: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(image, tile) numbers, at most `batch_tiles` of one shape, core and pixel type at a time."""
+    alike: dict[object, list[tuple[int, int]]] = {}
+    for n, plan in enumerate(plans):
+        for t, tile in enumerate(plan.tiles):
+            rows, columns = tile.core_slices
+            kind = (tile.shape, rows.start, columns.start, tile.core.height, tile.core.width, padded[n].dtype)
+            members = alike.setdefault(kind, [])
+            members.append((n, t))
+            if len(members) == batch_tiles:
+                yield alike.pop(kind)
+    yield from alike.values()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The GPU's error has a type; the CPU allocator's is a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _prediction(
-    plan: tiles.TilePlan, cores: list[NDArray[np.uint8] | None], stats: list[tuple[TileStats, int]]
+    plan: tiles.TilePlan,
+    cores: list[NDArray[np.uint8] | None],
+    stats: list[tuple[TileStats, int]],
+    degraded: str | None,
 ) -> Prediction:
     mask_HW = tiles.stitch(plan, (core for core in cores if core is not None))
     margin = sum(stat.margin * num_px for stat, num_px in stats) / sum(num_px for _, num_px in stats)
-    return Prediction(mask_HW.astype(np.uint8, copy=False), 1.0 - margin, all(stat.finite for stat, _ in stats))
+    return Prediction(
+        mask_HW.astype(np.uint8, copy=False), 1.0 - margin, all(stat.finite for stat, _ in stats), degraded
+    )
 
 
 @torch.inference_mode()

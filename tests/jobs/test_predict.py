@@ -25,7 +25,7 @@ from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, Worker, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Task, Worker, new_decoders, predict_shard, read_shard, write_shard
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from unetpp.config import ModelConfig
@@ -367,8 +367,8 @@ def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> 
     segment()
     before = _files(tmp_path / "out" / "table")
     task, shards = _task(opening, tmp_path)
-    with Worker(task) as worker, io_threads() as threads:
-        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads)))
+    with Worker(task) as worker, io_threads() as threads, new_decoders(task.config) as decoders:
+        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders)))
         with pytest.raises(AbandonedError):
             write_shard(task, shards[1], worker.predictor, outcomes, threads)
     assert _files(tmp_path / "out" / "table") == before
@@ -407,6 +407,7 @@ def test_a_sealed_run_says_what_it_holds(segment, tmp_path: Path) -> None:
     assert success["num_listed"] == NUM_IMAGES
     assert {path.name.split("-")[0] for path in run_dir.iterdir()} == {
         "_SUCCESS.json",
+        "hints",
         "manifest",
         "report.html",
         "result.json",

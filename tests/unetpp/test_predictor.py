@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig, ValueRange
-from unetpp.engines import TorchEngine, fold_batch_norm, scale
-from unetpp.errors import ConfigError
+from unetpp.engines import Engine, TorchEngine, fold_batch_norm, scale
+from unetpp.errors import ConfigError, ImageError
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor, masks_by_level
 from unetpp.prune import prune
@@ -226,6 +226,57 @@ def test_batches_hold_tiles_of_one_shape_and_lose_none(tmp_path: Path) -> None:
     predictor.engine.batch_tiles = 4
     batched = predictor(images)
     assert all(np.mean(a != b) < 1e-3 for a, b in zip(single, batched, strict=True))
+
+
+class SmallEngine:
+    """An engine with room for so many pixels at a time."""
+
+    def __init__(self, engine: Engine, max_px: int, error: Exception) -> None:
+        self.batch_tiles = 8
+        self._engine, self._max_px, self._error = engine, max_px, error
+
+    def __call__(self, tiles_BHWC, core):  # type: ignore[no-untyped-def]
+        if tiles_BHWC[..., 0].size > self._max_px:
+            raise self._error
+        return self._engine(tiles_BHWC, core)
+
+
+@pytest.mark.parametrize(
+    ("max_px", "degraded"),
+    [
+        (10**9, None),
+        (5 * 304 * 208, "batch 4"),
+        (304 * 208, "batch 1"),
+        (230**2, "tile 128 px"),
+        (150**2, "tile 64 px"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    ],
+)
+def test_out_of_memory_costs_time_and_no_pixel(
+    tmp_path: Path, max_px: int, degraded: str | None, error: Exception
+) -> None:
+    save_pretrained(exact_model(2, "deconv"), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path, tile_px=512)
+    images = [random_image(300, 200, seed=n) for n in range(8)]
+    wanted = predictor(images)
+    predictor.engine = SmallEngine(predictor.engine, max_px, error)
+    seen = predictor.predict(images)
+    assert {prediction.degraded for prediction in seen} == {degraded}
+    assert all(np.array_equal(prediction.mask_HW, mask_HW) for prediction, mask_HW in zip(seen, wanted, strict=True))
+
+
+def test_without_any_memory_the_image_is_to_blame_for_now(tmp_path: Path) -> None:
+    save_pretrained(random_model(level=1), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path)
+    predictor.engine = SmallEngine(predictor.engine, 0, MemoryError())
+    with pytest.raises(ImageError, match="crash: out of memory, even for tiles of 64 px"):
+        predictor([random_image(40, 40)])
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])

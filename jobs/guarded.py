@@ -1,0 +1,216 @@
+"""A child process for what hostile bytes may break: a decoder that crashes, hangs or eats memory costs one image.
+
+```
+parent  --header, content (socket)-->  child: limits, work  --answer (socket), pixels (shared memory)-->  parent
+```
+The child is a program of its own (`jobs.guarded_child`), not a fork: it holds no credential of ours, and starts alike
+under any program. Its answers are data, never pickles, and are checked before they are believed.
+"""
+
+import json
+import math
+import mmap
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetpp.config import Level
+from unetpp.engines import Mode
+from unetpp.errors import ImageError, ImageErrorCode
+from unetpp.predictor import Image, Prediction
+
+DECODER = "unetpp.images:decode_image"
+"""module:function that decodes in the child: (bytes, max_pixels) -> image_HWC."""
+
+PIXEL_TYPES = ("uint8", "uint16", "float32")
+WALL_FACTOR = 5
+"""Waiting for other processes is no work: the clock on the wall may run this much longer than the CPU's."""
+PREDICT_SECONDS = 600.0
+MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 16, 64 << 20
+
+
+class Limits(NamedTuple):
+    """What one image may cost. memory_bytes counts beyond what the idle child needs; 0: no limit."""
+
+    seconds: float
+    memory_bytes: int = 0
+
+
+class Child:
+    """One child process, started when it is first asked, and again after it died."""
+
+    def __init__(self, work: dict[str, Any], limits: Limits) -> None:
+        """`work` is told to the child: see `jobs.guarded_child`."""
+        self._work, self._limits = work, limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._memory = -1
+
+    def ask(self, header: dict[str, Any], content: bytes | memoryview) -> tuple[dict[str, Any], NDArray[np.generic]]:
+        """The child's answer to (header, content): a dictionary and pixels.
+
+        ImageError: what the child says is wrong with the image, `crash` where it died of it, `timeout` where it was
+        given up.
+        """
+        connection = self._begin(header, content)
+        wall_s = self._limits.seconds * WALL_FACTOR
+        try:
+            if not connection.poll(wall_s):
+                self.close()
+                raise ImageError("timeout", f"it took longer than {wall_s:g} s")
+            answer = json.loads(connection.recv_bytes(MAX_ANSWER_BYTES))
+        except (EOFError, OSError):
+            raise self._death() from None
+        if answer.get("code") is not None:
+            code, detail = str(answer["code"]), str(answer.get("detail", ""))
+            raise ImageError(code if code in get_args(ImageErrorCode) else "crash", detail)  # type: ignore[arg-type]
+        return answer, self._pixels(answer)
+
+    def _begin(self, header: dict[str, Any], content: bytes | memoryview) -> Connection:
+        """Hand the work over; a child that died since the last time, of whatever, is replaced once."""
+        for is_last in (False, True):
+            connection = self._connection if self._is_alive() else self._start()
+            assert connection is not None
+            try:
+                connection.send_bytes(json.dumps(header).encode())
+                connection.send_bytes(content)
+                return connection
+            except OSError:
+                if is_last:
+                    raise self._death() from None
+                self.close()
+        raise AssertionError("not reached")
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> Connection:
+        self.close()
+        ours, theirs = socket.socketpair()
+        self._memory = os.memfd_create("unetpp-pixels", os.MFD_CLOEXEC)
+        work = {**self._work, "seconds": self._limits.seconds, "memory_bytes": self._limits.memory_bytes}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.guarded_child", str(theirs.fileno()), str(self._memory), json.dumps(work)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._memory),
+                # Nothing of ours but where the code is: above all no credential.
+                env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        return self._connection
+
+    def _death(self) -> ImageError:
+        """Why the child ended, as the error of the image that it worked on."""
+        assert self._process is not None
+        try:
+            status = self._process.wait(5)
+        except subprocess.TimeoutExpired:  # it closed its socket, and lives
+            status = 0
+        self.close()
+        if -status in (signal.SIGXCPU, signal.SIGALRM):
+            return ImageError("timeout", f"it took longer than {self._limits.seconds:g} s of work")
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return ImageError("crash", f"the process that worked on it ended with {how}")
+
+    def _pixels(self, answer: dict[str, Any]) -> NDArray[np.generic]:
+        """A copy of what the child wrote; ImageError where the answer does not fit it."""
+        shape, pixel_type = answer.get("shape"), answer.get("dtype")
+        is_shape = isinstance(shape, list) and 2 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape)
+        if not is_shape or pixel_type not in PIXEL_TYPES:
+            raise ImageError("crash", f"the process that worked on it answered nonsense: {str(answer)[:200]}")
+        assert isinstance(shape, list)
+        dtype = np.dtype(pixel_type)
+        num_bytes, there = math.prod(shape) * dtype.itemsize, os.fstat(self._memory).st_size
+        if num_bytes > there:
+            raise ImageError("crash", f"the process that worked on it promised {num_bytes} bytes and gave {there}")
+        with mmap.mmap(self._memory, num_bytes, prot=mmap.PROT_READ) as shared:
+            pixels = np.frombuffer(shared, dtype, math.prod(shape)).reshape(shape).copy()
+        if there > KEPT_BYTES:
+            os.ftruncate(self._memory, 0)
+        return pixels
+
+    def close(self) -> None:
+        """End the child. The next question starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+
+class DecodePool:
+    """Decodes untrusted bytes in at most `size` child processes; for any number of threads."""
+
+    def __init__(self, size: int, *, max_pixels: int, limits: Limits) -> None:
+        self._header = {"max_pixels": max_pixels}
+        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the last used is warm
+        for _ in range(size):
+            self._idle.put(Child({"kind": "decode", "decoder": DECODER}, limits))
+
+    def decode(self, content: bytes) -> NDArray[np.generic]:
+        """image_HWC as `unetpp.images.decode_image`, and its ImageErrors; also `crash` and `timeout`."""
+        child = self._idle.get()
+        try:
+            return child.ask(self._header, content)[1]
+        finally:
+            self._idle.put(child)
+
+    def close(self) -> None:
+        """End the idle children."""
+        while not self._idle.empty():
+            self._idle.get_nowait().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class GuardedPredictor:
+    """Predicts in a child process on the CPU, one image after the other: what kills it is an ImageError."""
+
+    def __init__(self, model_dir: Path, level: Level, mode: Mode, tile_px: int) -> None:
+        work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
+        self.batch_images = 1
+        self._child = Child(work, Limits(PREDICT_SECONDS))
+
+    def predict(self, images: Sequence[Image]) -> list[Prediction]:
+        """As `Predictor.predict`; ImageError `crash` or `timeout` where an image ends the child."""
+        return [self._one(image) for image in images]
+
+    def _one(self, image: Image) -> Prediction:
+        header = {"shape": image.shape, "dtype": str(image.dtype)}
+        answer, mask_HW = self._child.ask(header, np.ascontiguousarray(image).tobytes())
+        uncertainty, finite, degraded = answer["said"]
+        return Prediction(mask_HW.astype(np.uint8, copy=False), uncertainty, finite, degraded)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.close()

@@ -1,0 +1,93 @@
+"""The program of a `jobs.guarded.Child`: takes one image after the other under limits, until its socket closes."""
+
+import importlib
+import json
+import math
+import mmap
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unetpp.errors import ImageError
+
+Work = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], NDArray[np.generic]]]
+"""(header, content) -> (answer, pixels)."""
+
+
+def decoding(decoder: str) -> Work:
+    """Work that decodes: header {max_pixels}, content an image file, pixels image_HWC."""
+    module, _, name = decoder.partition(":")
+    decode = getattr(importlib.import_module(module), name)
+    return lambda header, content: ({}, decode(content, max_pixels=header["max_pixels"]))
+
+
+def predicting(model_dir: str, mode: str, level: int, tile_px: int) -> Work:
+    """Work that predicts: header {shape, dtype}, content the pixels of image_HWC, pixels mask_HW."""
+    from unetpp.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(model_dir, mode=mode, level=level, tile_px=tile_px)  # type: ignore[arg-type]
+
+    def predict(header: dict[str, Any], content: bytes) -> tuple[dict[str, Any], NDArray[np.generic]]:
+        image_HWC = np.frombuffer(content, header["dtype"]).reshape(header["shape"])
+        prediction = predictor.predict([image_HWC])[0]
+        return {"said": [prediction.uncertainty, prediction.finite, prediction.degraded]}, prediction.mask_HW
+
+    return predict
+
+
+def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
+    """Answer until the parent closes the socket, or is gone."""
+    seconds, memory_bytes, kind = work.pop("seconds"), work.pop("memory_bytes"), work.pop("kind")
+    do = decoding(**work) if kind == "decode" else predicting(**work)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes:
+        with open("/proc/self/statm") as file:
+            idle_bytes = int(file.read().split()[0]) * mmap.PAGESIZE
+        resource.setrlimit(resource.RLIMIT_AS, (idle_bytes + memory_bytes,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (memory_bytes,) * 2)
+    connection = Connection(socket_fd)
+    while True:
+        try:
+            header = json.loads(connection.recv_bytes())
+            content = connection.recv_bytes()
+        except EOFError:
+            return
+        _set_clocks(seconds)
+        try:
+            answer, pixels = do(header, content)
+            answer |= {"shape": pixels.shape, "dtype": str(pixels.dtype)}
+            _share(memory_fd, pixels)
+        except ImageError as error:
+            answer = {"code": error.code, "detail": error.detail}
+        except MemoryError:
+            answer = {"code": "too_large", "detail": f"it needs more than {memory_bytes >> 20} MiB of memory"}
+        except Exception as error:
+            answer = {"code": "crash", "detail": f"{type(error).__name__}: {error}"[:2000]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send_bytes(json.dumps(answer).encode())
+
+
+def _set_clocks(seconds: float) -> None:
+    """Signals that end the process whatever it does: by the CPU's clock, and, should the parent die, by the wall's."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_REAL, seconds * 10)
+
+
+def _share(memory_fd: int, pixels: NDArray[np.generic]) -> None:
+    if os.fstat(memory_fd).st_size < pixels.nbytes:
+        os.ftruncate(memory_fd, pixels.nbytes)
+    with mmap.mmap(memory_fd, pixels.nbytes) as shared:
+        np.frombuffer(shared, pixels.dtype, pixels.size).reshape(pixels.shape)[...] = pixels
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

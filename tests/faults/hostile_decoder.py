@@ -1,0 +1,30 @@
+"""A decoder with the bugs that a codec might have, set off by the file's first bytes."""
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+
+from unetpp.images import decode_image
+
+SEGFAULT, LOOP, SLEEP, EAT, LIE = b"segfault", b"loop", b"sleep", b"eat", b"lie"
+
+
+def decode(data: bytes, *, max_pixels: int) -> Any:
+    """As `unetpp.images.decode_image`, but for the bugs."""
+    match data:
+        case b"segfault":
+            ctypes.string_at(0)
+        case b"loop":
+            while True:
+                pass
+        case b"sleep":
+            time.sleep(3600)
+        case b"eat":
+            hoard = []
+            while True:
+                hoard.append(np.ones(1 << 24, np.uint8))
+        case b"lie":
+            return np.zeros((2, 2, 2, 2), np.int64)
+    return decode_image(data, max_pixels=max_pixels)

@@ -1,0 +1,129 @@
+"""Work behind a guard: the same pixels as without, and whatever happens to the child is told as the image's error."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from jobs import guarded
+from jobs.guarded import DecodePool, GuardedPredictor, Limits
+from tests.faults import hostile_decoder as hostile
+from unetpp.errors import ImageError
+from unetpp.images import decode_image
+from unetpp.predictor import Predictor
+
+LIMITS = Limits(seconds=1.0, memory_bytes=256 << 20)
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[DecodePool]:
+    """One decoder with bugs, behind short limits."""
+    monkeypatch.setattr(guarded, "DECODER", "tests.faults.hostile_decoder:decode")
+    with DecodePool(1, max_pixels=10**6, limits=LIMITS) as pool:
+        yield pool
+
+
+def _children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "jobs.guarded_child" in child.cmdline()]
+
+
+def test_images_come_out_as_without_the_guard(archive: Path) -> None:
+    with DecodePool(1, max_pixels=10**6, limits=LIMITS) as pool:
+        for path in sorted(archive.rglob("*")):
+            if path.suffix.lower() in (".png", ".jpg", ".tif"):
+                content = path.read_bytes()
+                wanted, seen = decode_image(content), pool.decode(content)
+                assert seen.dtype == wanted.dtype
+                np.testing.assert_array_equal(seen, wanted)
+                assert seen.flags.writeable
+        assert len(_children()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "detail"),
+    [
+        (hostile.SEGFAULT, "crash", "SIGSEGV"),
+        (hostile.LOOP, "timeout", "longer than 1 s of work"),
+        (hostile.SLEEP, "timeout", "longer than 5 s"),
+        (hostile.EAT, "too_large", "more than 256 MiB|memory"),
+        (hostile.LIE, "crash", "nonsense"),
+        (b"", "decode", "empty"),
+    ],
+)
+def test_what_a_decoder_does_to_its_process_is_the_images_error(
+    decoders: DecodePool, archive: Path, content: bytes, code: str, detail: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ImageError, match=detail) as caught:
+        decoders.decode(content)
+    assert caught.value.code == code
+    assert time.monotonic() - started < 30
+    good = (archive / "a.png").read_bytes()
+    np.testing.assert_array_equal(decoders.decode(good), decode_image(good))  # and the next image is decoded
+
+
+def test_pixels_are_counted_before_they_are_decoded(archive: Path) -> None:
+    with DecodePool(1, max_pixels=100, limits=LIMITS) as pool, pytest.raises(ImageError, match="too_large"):
+        pool.decode((archive / "a.png").read_bytes())
+
+
+def test_the_child_knows_no_secret(decoders: DecodePool, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    decoders.decode((archive / "a.png").read_bytes())
+    (child,) = _children()
+    assert set(child.environ()) - {"LC_CTYPE"} == {"PATH", "PYTHONPATH", "OMP_NUM_THREADS"}
+
+
+def test_a_child_that_was_killed_between_two_images_is_replaced(decoders: DecodePool, archive: Path) -> None:
+    good = (archive / "a.png").read_bytes()
+    decoders.decode(good)
+    for child in _children():
+        child.kill()
+        child.wait()
+    np.testing.assert_array_equal(decoders.decode(good), decode_image(good))
+
+
+def test_children_end_with_the_pool_and_with_the_parent(archive: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from jobs.guarded import DecodePool, Limits\n"
+        "pool = DecodePool(1, max_pixels=10**6, limits=Limits(1.0))\n"
+        f"pool.decode(open({str(archive / 'a.png')!r}, 'rb').read())\n"
+        "print(pool._idle.get()._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with psutil.Popen([sys.executable, "-c", code], stdout=-1, env={**os.environ, "PYTHONPATH": "."}) as parent:
+        child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(child)
+    with DecodePool(2, max_pixels=10**6, limits=LIMITS) as pool:
+        pool.decode((archive / "a.png").read_bytes())
+        assert _children()
+    assert not _children()
+
+
+def test_many_threads_share_few_children(archive: Path) -> None:
+    good = (archive / "a.png").read_bytes()
+    with DecodePool(2, max_pixels=10**6, limits=LIMITS) as pool, ThreadPoolExecutor(8) as threads:
+        images = list(threads.map(pool.decode, [good] * 64))
+        assert len(_children()) <= 2
+    assert all(np.array_equal(image, decode_image(good)) for image in images)
+
+
+def test_a_guarded_prediction_is_the_prediction(tiny_model: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (50, 40, 3), np.uint8), rng.integers(0, 65536, (20, 90, 1), np.uint16)]
+    wanted = Predictor.from_pretrained(tiny_model, tile_px=64).predict(images)
+    with GuardedPredictor(tiny_model, 2, "fast", 64) as predictor:
+        seen = predictor.predict(images)
+    for one, other in zip(seen, wanted, strict=True):
+        np.testing.assert_array_equal(one.mask_HW, other.mask_HW)
+        assert one.uncertainty == pytest.approx(other.uncertainty, abs=1e-6)
