@@ -150,7 +150,7 @@ def predict_stage(config: ArchiveFlowConfig) -> PredictResult:
         **dict(config.predict),
     )
     predicted = run_job("predict", job, PredictResult)
-    return predicted.model_copy(update={"report_uri": predicted.report_uri or _newest_report(config.output)})
+    return predicted.model_copy(update={"report_uri": predicted.report_uri or _newest_report(storage.canonical(config.output))})
 
 
 def _newest_report(output: str) -> str | None:

@@ -202,7 +202,7 @@ def _levels(archive: Archive, chosen: str) -> tuple[Plot, dict[str, LevelScore]]
     low, high = low - room, high + room
     points = [
         Point(
-            _across(score.seconds_per_megapixel / max(costs) * 0.92),
+            _across(score.seconds_per_megapixel / max(costs) * 0.86),
             _up((score.mean_iou - low) / (high - low)),
             name,
             _up((score.mean_iou_interval[0] - low) / (high - low)),
@@ -211,7 +211,7 @@ def _levels(archive: Archive, chosen: str) -> tuple[Plot, dict[str, LevelScore]]
         )
         for name, score in scores.items()
     ]
-    x_ticks = [(_across(part / 4 * 0.92), f"{max(costs) * part / 4:.2f}") for part in range(5)]
+    x_ticks = [(_across(part / 4 * 0.86), f"{max(costs) * part / 4:.2f}") for part in range(5)]
     y_ticks = [(_up(part / 3), f"{low + (high - low) * part / 3:.3f}") for part in range(4)]
     return Plot(points, x_ticks, y_ticks), dict(scores)
 
