@@ -1,10 +1,11 @@
 # make setup   the virtual environment .venv, with the exact versions of constraints.txt
 # make demo    a whole night in minutes: synthetic images, or DATA=<folder with images/, masks/, splits.csv>
 # make test    the tests; ARGS='-k tiles' picks some
+# make faults  the tests that break things on purpose: stores, processes, images, disks; tests/FAULTS.md has the list
 # make check   format, lint, types and import contracts
 # Each does its own set-up, on a machine with Python 3.11 or later and make.
 
-.PHONY: setup demo test check format constraints clean
+.PHONY: setup demo test faults check format constraints clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -39,7 +40,10 @@ demo/synthetic/data/splits.csv: | $(STAMP)
 	@$(BIN)/unetpp synth --out $(@D) --num 160 --seed 1
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
+
+faults: $(STAMP)
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .

@@ -150,7 +150,8 @@ def predict_stage(config: ArchiveFlowConfig) -> PredictResult:
         **dict(config.predict),
     )
     predicted = run_job("predict", job, PredictResult)
-    return predicted.model_copy(update={"report_uri": predicted.report_uri or _newest_report(storage.canonical(config.output))})
+    report_uri = predicted.report_uri or _newest_report(storage.canonical(config.output))
+    return predicted.model_copy(update={"report_uri": report_uri})
 
 
 def _newest_report(output: str) -> str | None:

@@ -16,8 +16,11 @@ from jobs.contract import (
     EvaluateConfig,
     ExitCode,
     ExplainConfig,
+    ForgetConfig,
+    GcConfig,
     PredictConfig,
     PruneConfig,
+    RebuildConfig,
     RetryConfig,
     StatusConfig,
     SynthConfig,
@@ -32,6 +35,9 @@ JOBS: dict[str, type[BaseModel]] = {
     "status": StatusConfig,
     "explain": ExplainConfig,
     "retry": RetryConfig,
+    "rebuild": RebuildConfig,
+    "gc": GcConfig,
+    "forget": ForgetConfig,
     "synth": SynthConfig,
 }
 """Every job: module `jobs.<name>` has `run(config) -> result` for this config class."""

@@ -402,6 +402,54 @@ class ExplainResult(Frozen):
     rows: tuple[Attempt, ...] = Field((), description="of this image and model, over all runs, newest first")
 
 
+class RebuildConfig(Frozen):
+    """Make a finished run's report.html, result.json and _SUCCESS.json anew from its parts."""
+
+    run: RunUri
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+OutputUri = Annotated[
+    str, Field(description="the output of the runs: folder or s3:// prefix", json_schema_extra={"positional": True})
+]
+
+
+class GcConfig(Frozen):
+    """List what no reader of an output needs: PNGs without a row, old notes, leftovers of killed writers."""
+
+    output: OutputUri
+    delete: bool = Field(False, description="remove it")
+    older_than_hours: Annotated[float, Field(ge=0)] = Field(
+        24.0, description="leave notes and leftovers that are newer"
+    )
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class GcResult(Frozen):
+    """What is, or was, garbage."""
+
+    output_uri: str
+    objects: dict[str, int] = Field(description="number by kind: png, note, manifest, leftover")
+    size_bytes: int
+    deleted: bool
+
+
+class ForgetConfig(Frozen):
+    """Remove every mask of an image from an output; its rows stay and say `forgotten`."""
+
+    output: OutputUri
+    key: str = Field(description="key of the image: its path below the input", json_schema_extra={"positional": True})
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class ForgetResult(Frozen):
+    """What was forgotten."""
+
+    key: str
+    num_rows: int
+    runs: tuple[str, ...]
+
+
 # ------------------------------------------------------------------------------------------------ synth
 
 

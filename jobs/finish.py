@@ -1,5 +1,6 @@
 """The end of a run: count what is committed, check the law, write the report, the result and last `_SUCCESS.json`."""
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -14,11 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 def seal(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
-    """Finish a run whose parts are all there: check the law, write report.html, result.json and last _SUCCESS.json."""
-    success_uri = archive.run_uri(record.run, SUCCESS)
-    result_uri = archive.run_uri(record.run, "result.json")
-    if storage.exists(success_uri):  # another driver of this run was first
-        return PredictResult.model_validate(storage.read_json(result_uri))
+    """Finish a run whose parts are all there, unless another driver of it was first."""
+    if storage.exists(archive.run_uri(record.run, SUCCESS)):
+        with contextlib.suppress(FileNotFoundError, StorageError, ValueError):  # lost or damaged: made anew
+            return PredictResult.model_validate(storage.read_json(archive.run_uri(record.run, "result.json")))
+    return write_up(archive, record, seconds)
+
+
+def write_up(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
+    """Make from the parts what can be made from them: check the law, write report, result and last _SUCCESS.json.
+
+    Raises:
+        StorageError: a part is missing.
+        ConfigError: a part is of another run.
+    """
     parts = table.list_parts(archive.output_uri, archive.model_digest, record.run)
     footers = table.read_footers(parts)
     _check_identity(record, parts, footers)
@@ -44,7 +54,7 @@ def seal(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
         seconds=seconds,
     )
     write_report(archive, record, parts, footers, result)
-    storage.write_bytes(result_uri, result.model_dump_json(indent=2).encode())
+    storage.write_bytes(archive.run_uri(record.run, "result.json"), result.model_dump_json(indent=2).encode())
     success = {
         "run": record.run,
         "num_listed": result.num_listed,
@@ -56,7 +66,7 @@ def seal(archive: Archive, record: RunRecord, seconds: float) -> PredictResult:
             {"name": sink.part_name(part.shard), "size_bytes": part.size_bytes, "etag": part.etag} for part in parts
         ],
     }
-    storage.put_if_absent(success_uri, json.dumps(success, indent=2).encode(), root=archive.output_uri)
+    storage.write_bytes(archive.run_uri(record.run, SUCCESS), json.dumps(success, indent=2).encode())
     storage.sweep_scratch(archive.output_uri)
     return result
 

@@ -33,6 +33,7 @@ MEANINGS = {
     "too_large": "more pixels than max_pixels",
     "archive": "an archive member that cannot be read",
     "numeric": "the network gave NaN or infinity",
+    "forgotten": "its mask was removed on request (unetpp forget)",
     "gone": "deleted between listing and reading; tried again by the next run",
     "changed": "replaced between listing and reading; tried again by the next run",
     "integrity": "arrived with a wrong checksum; tried again by the next run",

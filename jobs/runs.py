@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -77,6 +77,12 @@ class Archive:
             }
         )
 
+    @classmethod
+    def of(cls, run_uri: str, record: RunRecord) -> Self:
+        """The archive as the call that opened a run wanted it, seen where the run's folder is now."""
+        config = PredictConfig.model_validate(record.config)
+        return cls(record.source_uri, output_of(run_uri), record.model_digest, config, record.parent)
+
     def run_uri(self, run: str, *names: str) -> str:
         """URI of a run's folder, or of a file in it."""
         return storage.join(self.output_uri, "runs", run, *names)
@@ -114,7 +120,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         ConfigError: nothing is listed.
     """
     while True:
-        found = _list_runs(archive)
+        found = list_runs(archive.output_uri)
         # The number is fixed before the table is read: whoever opens a run meanwhile takes it, and we begin again.
         run = f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
         with storage.io_threads() as threads:
@@ -269,10 +275,10 @@ def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
         list(threads.map(put, pending))
 
 
-def _list_runs(archive: Archive) -> dict[str, Literal["open", "sealed", "abandoned"]]:
-    """Every run, and how it stands. A folder without run.json is no run."""
+def list_runs(output: str) -> dict[str, Literal["open", "sealed", "abandoned"]]:
+    """Every run of an output, and how it stands. A folder without run.json is no run."""
     files: dict[str, set[str]] = {}
-    for found in storage.list_objects(storage.join(archive.output_uri, "runs"), missing_ok=True):
+    for found in storage.list_objects(storage.join(output, "runs"), missing_ok=True):
         run, _, name = found.key.partition("/")
         if run[:1] == "r" and run[1:].isdecimal():
             files.setdefault(run, set()).add(name)

@@ -10,6 +10,8 @@ from rich.table import Table
 from jobs.contract import (
     EvaluateResult,
     ExplainResult,
+    ForgetResult,
+    GcResult,
     LevelReport,
     PredictResult,
     PruneResult,
@@ -47,6 +49,14 @@ def show(result: BaseModel, console: Console) -> None:
             _show_status(result, console)
         case ExplainResult():
             _show_explain(result, console)
+        case GcResult():
+            found = ", ".join(f"{number} {kind}" for kind, number in result.objects.items()) or "nothing"
+            size = f"{result.size_bytes / 1e6:.1f} MB of {result.output_uri}"
+            _line(console, "removed" if result.deleted else "would remove", f"{found}: {size}")
+            if result.objects and not result.deleted:
+                _line(console, "note", "nothing was removed; --delete does it")
+        case ForgetResult():
+            _line(console, "forgotten", f"{result.key}: {result.num_rows} row(s) of {', '.join(result.runs)}")
         case SynthResult():
             _line(console, "synthesised", f"{result.num_images} images: {result.data_uri}")
         case _:

@@ -105,6 +105,22 @@ def read_masks(output: str, model: str, columns: Sequence[str] | None = None) ->
     return pa.concat_tables(newest)
 
 
+def newest_view(output: str, model: str, name: str = "masks") -> str:
+    """SQL that makes a DuckDB view of what `read_masks` reads: `duckdb.sql(newest_view(output, model))`.
+
+    Args:
+        output: the output of the runs; for s3:// DuckDB wants its httpfs extension and a secret of its own.
+        model: the model's digest, whole or its first ten digits.
+        name: the view's name.
+    """
+    files = storage.join(storage.canonical(output), "table", sink.model_folder(model), "*", "*.parquet")
+    place = ", ".join(_PLACE)
+    return (
+        f"create or replace view {name} as select * from read_parquet('{files.replace(chr(39), chr(39) * 2)}', "
+        f"hive_partitioning = true) qualify row_number() over (partition by {place} order by run desc) = 1"
+    )
+
+
 class Done:
     """What the newest row of every image version says, in sorted arrays: 16-byte identities, done, attempts."""
 

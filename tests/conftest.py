@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from s3fs import S3FileSystem
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a test without credentials waits for a cloud that is not there
 
+KEY_ID, SECRET = "key-of-the-tests", "canary-secret-of-the-tests"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -65,10 +67,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
     try:
         _wait_until_answering(f"http://127.0.0.1:{port}", server, folder / "log")
+        _wait_for_buckets(f"http://127.0.0.1:{port}", "archive", "output")
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "key-of-the-tests",
-            "AWS_SECRET_ACCESS_KEY": "canary-secret-of-the-tests",
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
     finally:
@@ -77,7 +80,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 
 def _write_s3_accounts(path: Path) -> None:
-    credentials = [{"accessKey": "key-of-the-tests", "secretKey": "canary-secret-of-the-tests"}]
+    credentials = [{"accessKey": KEY_ID, "secretKey": SECRET}]
     everything = ["Admin", "Read", "Write", "List", "Tagging"]
     path.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": everything}]}))
 
@@ -111,6 +114,16 @@ def _wait_until_answering(url: str, server: subprocess.Popen[bytes], log: Path) 
             assert server.poll() is None, f"SeaweedFS ended:\n{log.read_text()[-2000:]}"
             time.sleep(0.2)
     raise AssertionError(f"SeaweedFS does not answer:\n{log.read_text()[-2000:]}")
+
+
+def _wait_for_buckets(url: str, *buckets: str) -> None:
+    """The server answers some moments before it has made the buckets that it was told to."""
+    client = S3FileSystem(key=KEY_ID, secret=SECRET, endpoint_url=url, use_listings_cache=False)
+    for _ in range(300):
+        if all(client.exists(bucket) for bucket in buckets):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"SeaweedFS did not make the buckets {buckets}")
 
 
 @pytest.fixture

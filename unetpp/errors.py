@@ -18,10 +18,12 @@ Every message says what was seen, what was wanted and what to do.
 from typing import Literal
 
 ImageErrorCode = Literal[
-    "decode", "too_large", "archive", "numeric", "gone", "changed", "integrity", "crash", "timeout"
+    "decode", "too_large", "archive", "numeric", "forgotten", "gone", "changed", "integrity", "crash", "timeout"
 ]
 
-PERMANENT_IMAGE_ERRORS: frozenset[ImageErrorCode] = frozenset({"decode", "too_large", "archive", "numeric"})
+PERMANENT_IMAGE_ERRORS: frozenset[ImageErrorCode] = frozenset(
+    {"decode", "too_large", "archive", "numeric", "forgotten"}
+)
 """Codes that a second try on the same bytes cannot change."""
 
 

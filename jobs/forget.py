@@ -1,0 +1,89 @@
+"""Remove every mask of an image from an output: `unetpp forget OUTPUT KEY`, as when a patient withdraws consent.
+
+The one place where a part is written over: its row stays, so that counts hold and the image is not predicted again,
+but says `forgotten` and holds no mask. A new version of the image is a new image. The image itself is for its owner to
+delete.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import pyarrow.compute as pc
+
+from jobs import manifest, sink, storage, table
+from jobs.contract import ForgetConfig, ForgetResult
+from jobs.finish import write_up
+from jobs.runs import Archive, list_runs, read_record
+from jobs.sink import Footer
+from jobs.table import Part
+from unetpp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FORGOTTEN: dict[str, Any] = dict.fromkeys(("mask_png", "mask_uri", "class_pixels", "uncertainty"))
+FORGOTTEN |= {"error_code": "forgotten", "error": "removed on request"}
+
+
+def run(config: ForgetConfig) -> ForgetResult:
+    """Forget an image in the runs of every model. ConfigError where no run has it, or an open one has it to do."""
+    output = storage.canonical(config.output)
+    runs = list_runs(output)
+    records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
+    for name, record in records.items():
+        run_uri = storage.join(output, "runs", name)
+        if runs[name] == "open":
+            listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256, ["key"])
+            if pc.any(pc.equal(listed["key"], config.key)).as_py():
+                raise ConfigError(
+                    f"run {name} is not finished and has {config.key!r} to do: finish it first, then forget"
+                )
+    num_rows, changed = 0, set()
+    for name, record in records.items():
+        for part in table.list_parts(output, record.model_digest, name):
+            if found := _forget_in(part, config.key, output):
+                num_rows += found
+                changed.add(name)
+    if not num_rows:
+        raise ConfigError(
+            f"no run of {output} has an image {config.key!r}; keys are paths below the input, as `key` says"
+        )
+    for name in sorted(changed):
+        if runs[name] == "sealed":  # its report may show the image, its counts changed
+            archive = Archive.of(storage.join(output, "runs", name), records[name])
+            write_up(archive, records[name], _seconds(archive, name))
+    return ForgetResult(key=config.key, num_rows=num_rows, runs=tuple(sorted(changed)))
+
+
+def _forget_in(part: Part, key: str, output: str) -> int:
+    """Write a part anew without the masks of `key`, and delete their PNGs; the number of its rows."""
+    if not any(pc.any(pc.equal(batch["key"], key)).as_py() for batch in table.scan([part], ["key"])):
+        return 0
+    rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
+    mine = [row for row in rows if row["key"] == key]
+    (footer,) = table.read_footers([part])
+    pngs = [row["mask_uri"] for row in mine if row["mask_uri"] is not None]
+    for row in mine:
+        row.update(FORGOTTEN)
+    storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))
+    for uri in pngs:
+        storage.delete(uri)
+    return len(mine)
+
+
+def _counted(footer: Footer, rows: list[dict[str, Any]]) -> Footer:
+    failures = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
+    counts = {"num_predicted": len(rows) - failures.total(), "num_failed": failures.total(), "failures": dict(failures)}
+    return footer.model_copy(update=counts)
+
+
+def _seconds(archive: Archive, run: str) -> float:
+    footers = table.read_footers(table.list_parts(archive.output_uri, archive.model_digest, run))
+    first = min(footer.committed_at - footer.seconds for footer in footers)
+    return max(footer.committed_at for footer in footers) - first
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_job
+
+    run_job("forget")

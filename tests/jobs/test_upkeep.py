@@ -1,0 +1,189 @@
+"""Looking after an output: what is rebuilt, swept away and forgotten, and what never is."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from jobs import explain, forget, gc, predict, rebuild, storage
+from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
+from jobs.runs import Archive, open_run
+from jobs.sink import png_key
+from jobs.table import newest_view, read_masks
+from unetpp.errors import ConfigError
+
+
+@pytest.fixture
+def segment(tiny_model: Path, archive: Path, place: str) -> Callable[..., PredictResult]:
+    """Function: take the test archive into an output below `place`, inline."""
+
+    def run(**changed: Any) -> PredictResult:
+        where = {"model": str(tiny_model), "input": str(archive), "output": storage.join(place, "out")}
+        how = {"backend": "inline", "threads": 1, "shard_images": 5}
+        return predict.run(PredictConfig.model_validate(where | how | changed))
+
+    return run
+
+
+@pytest.fixture
+def output(place: str) -> str:
+    """Where `segment` writes."""
+    return storage.join(place, "out")
+
+
+def _contents(output: str) -> dict[str, str]:
+    return {found.key: found.etag for found in storage.list_objects(output)}
+
+
+# ------------------------------------------------------------------------------------------------ rebuild
+
+
+def test_what_seals_a_run_is_made_anew_from_its_parts(segment, output: str) -> None:
+    first = segment()
+    run_uri = storage.join(output, "runs", "r00001")
+    table = {key: etag for key, etag in _contents(output).items() if key.startswith(("table/", "png/"))}
+    success = storage.read_json(storage.join(run_uri, "_SUCCESS.json"))
+    for name in ("report.html", "result.json", "_SUCCESS.json"):
+        storage.delete(storage.join(run_uri, name))
+    again = rebuild.run(RebuildConfig(run=run_uri))
+    assert again.model_copy(update={"seconds": 0.0}) == PredictResult.model_validate(
+        storage.read_json(storage.join(run_uri, "result.json"))
+    ).model_copy(update={"seconds": 0.0})
+    assert (again.num_listed, again.num_predicted, again.runs) == (first.num_listed, first.num_predicted, first.runs)
+    assert storage.read_json(storage.join(run_uri, "_SUCCESS.json")) == success
+    assert b"<html" in storage.read_bytes(storage.join(run_uri, "report.html"))
+    assert {key: etag for key, etag in _contents(output).items() if key.startswith(("table/", "png/"))} == table
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"{}"])
+def test_a_damaged_result_is_made_anew_by_the_driver_that_meets_it(segment, output: str, damage: bytes) -> None:
+    segment()
+    run_uri = storage.join(output, "runs", "r00001")
+    storage.write_bytes(storage.join(run_uri, "result.json"), damage)
+    assert rebuild.run(RebuildConfig(run=run_uri)).num_predicted == 12
+    assert storage.read_json(storage.join(run_uri, "result.json"))["num_predicted"] == 12
+
+
+def test_an_unfinished_run_is_not_sealed_by_a_rebuild(segment, output: str) -> None:
+    result = segment()
+    run_uri = storage.join(output, "runs", "r00001")
+    storage.delete(storage.join(run_uri, "_SUCCESS.json"))
+    part = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", "run=r00001", "part-00001.parquet")
+    storage.delete(part)
+    with pytest.raises(ConfigError, match=r"r00001 is not finished: 1 of its 3 shards"):
+        rebuild.run(RebuildConfig(run=run_uri))
+    assert segment().runs == ("r00001",)
+
+
+# ------------------------------------------------------------------------------------------------ gc
+
+
+def test_an_output_in_order_has_no_garbage_but_notes(segment, output: str) -> None:
+    segment()
+    before = _contents(output)
+    found = gc.run(GcConfig(output=output, older_than_hours=0, delete=True))
+    assert set(found.objects) <= {"note"}
+    after = _contents(output)
+    assert {key for key in before if key not in after} == {"runs/r00001/hints/lease-1.json"}
+    assert segment().status == "unchanged"
+
+
+def test_garbage_is_listed_first_and_removed_when_told(segment, output: str, tiny_model: Path, archive: Path) -> None:
+    result = segment()
+    run = f"png/model=m{result.model_digest[:10]}/run=r00001"
+    garbage = {
+        f"{run}/{png_key('never-a-row.png')}": "png",
+        "runs/r00001/manifest-0123.parquet": "manifest",
+        "runs/r00009/manifest-0123.parquet": "manifest",
+        ".tmp/probe-1": "leftover",
+    }
+    for key in garbage:
+        storage.write_bytes(storage.join(output, key), b"x")
+    before = _contents(output)
+    listed = gc.run(GcConfig(output=output, older_than_hours=0))
+    assert listed.objects == {"leftover": 1, "manifest": 2, "note": 1, "png": 1}
+    assert not listed.deleted
+    assert _contents(output) == before
+    assert gc.run(GcConfig(output=output, delete=True)).objects == {"png": 1}  # the rest is young yet
+    gc.run(GcConfig(output=output, older_than_hours=0, delete=True))
+    after = _contents(output)
+    assert before.keys() - after.keys() == garbage.keys() | {"runs/r00001/hints/lease-1.json"}
+    assert gc.run(GcConfig(output=output, older_than_hours=0)).objects == {}
+
+
+def test_an_open_run_is_left_alone(segment, output: str, archive: Path, tiny_model: Path) -> None:
+    digest = segment(output=output + "-elsewhere").model_digest
+    config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
+    open_run(Archive(str(archive), output, digest, config))
+    storage.write_bytes(storage.join(output, f"png/model=m{digest[:10]}/run=r00001/{png_key('a.png')}"), b"x")
+    storage.write_bytes(storage.join(output, "runs/r00001/hints/shard-00000.1"), b"x")
+    assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+
+
+# ------------------------------------------------------------------------------------------------ forget
+
+
+def test_a_forgotten_image_has_no_mask_anywhere_and_is_not_done_again(segment, output: str) -> None:
+    shallow, deep = segment(level=1), segment()
+    mask = next(row for row in read_masks(output, deep.model_digest).to_pylist() if row["key"] == "a.png")["mask_png"]
+    done = forget.run(ForgetConfig(output=output, key="a.png"))
+    assert (done.num_rows, done.runs) == (2, ("r00001", "r00002"))
+    for digest in (shallow.model_digest, deep.model_digest):
+        rows = {row["key"]: row for row in read_masks(output, digest).to_pylist()}
+        assert len(rows) == 12
+        assert rows["a.png"]["error_code"] == "forgotten"
+        assert rows["a.png"]["mask_png"] is rows["a.png"]["mask_uri"] is rows["a.png"]["class_pixels"] is None
+        assert sum(row["mask_png"] is not None for row in rows.values()) == 11
+    for found in storage.list_objects(output):
+        content = storage.read_bytes(storage.join(output, found.key))
+        assert mask not in content, found.key
+        assert not found.key.endswith("/a.png.png")
+    result = PredictResult.model_validate(storage.read_json(storage.join(output, "runs/r00002/result.json")))
+    assert (result.num_listed, result.num_predicted, result.failures) == (12, 11, {"forgotten": 1})
+    assert segment().status == "unchanged"
+    assert explain.run(ExplainConfig(run=storage.join(output, "runs", "r00002"), key="a.png")).rows[0].outcome == (
+        "forgotten"
+    )
+
+
+def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
+    segment, output: str, archive: Path, tiny_model: Path
+) -> None:
+    digest = segment(output=output + "-elsewhere").model_digest
+    with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
+        forget.run(ForgetConfig(output=output, key="nowhere.png"))
+    config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
+    open_run(Archive(str(archive), output, digest, config))
+    with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do"):
+        forget.run(ForgetConfig(output=output, key="a.png"))
+
+
+# ------------------------------------------------------------------------------------------------ the newest mask
+
+
+def test_duckdb_sees_the_newest_row_of_every_image(
+    tiny_model: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images with 'quotes'"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes((archive / "a.png").read_bytes())
+    settings = {"model": str(tiny_model), "input": str(images), "output": str(tmp_path / "o'ut"), "backend": "inline"}
+    config = PredictConfig.model_validate(settings)
+    digest = predict.run(config).model_digest
+    time.sleep(0.01)
+    (images / "b.png").write_bytes((archive / "g+h.png").read_bytes())
+    os.utime(images / "b.png")
+    predict.run(config)
+    with duckdb.connect() as connection:
+        connection.sql(newest_view(str(tmp_path / "o'ut"), digest, name="newest"))
+        rows = connection.sql("select key, run, class_pixels, mask_png from newest order by key").fetchall()
+    assert [row[:2] for row in rows] == [("a.png", "r00001"), ("b.png", "r00002")]
+    wanted = {row["key"]: row for row in read_masks(str(tmp_path / "o'ut"), digest).to_pylist()}
+    assert [(list(row[2]), row[3]) for row in rows] == [
+        (wanted[key]["class_pixels"], wanted[key]["mask_png"]) for key in ("a.png", "b.png")
+    ]
