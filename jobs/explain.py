@@ -15,11 +15,12 @@ def run(config: ExplainConfig) -> ExplainResult:
     record, output = runs.read_record(run_uri), runs.output_of(run_uri)
     listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256)
     found = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
+    source_uri = storage.plain(record.source_uri)
     rows: list[Attempt] = []
     for part in reversed(table.list_parts(output, record.model_digest)):
         for batch in table.scan([part], COLUMNS):
             chosen = batch.filter(
-                pc.and_(pc.equal(batch["key"], config.key), pc.equal(batch["source_uri"], record.source_uri))
+                pc.and_(pc.equal(batch["key"], config.key), pc.equal(batch["source_uri"], source_uri))
             )
             rows += [_attempt(row, part) for row in chosen.to_pylist()]
     first = found[0] if found else {}

@@ -62,7 +62,8 @@ def _forget_in(part: Part, key: str, output: str) -> int:
     rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
     mine = [row for row in rows if row["key"] == key]
     (footer,) = table.read_footers([part])
-    pngs = [row["mask_uri"] for row in mine if row["mask_uri"] is not None]
+    place = storage.plain(output)  # as rows name it, who know of no profile
+    pngs = [output + row["mask_uri"].removeprefix(place) for row in mine if row["mask_uri"] is not None]
     for row in mine:
         row.update(FORGOTTEN)
     storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))

@@ -73,7 +73,7 @@ class _Call:
         """Resume what is unfinished, then open one run of what is new."""
         config = self._config
         source_uri, output_uri = storage.canonical(config.input), storage.canonical(config.output)
-        if f"{output_uri}/".startswith(f"{source_uri}/"):
+        if f"{storage.plain(output_uri)}/".startswith(f"{storage.plain(source_uri)}/"):
             raise ConfigError(
                 f"the output {output_uri} lies inside the input {source_uri}: masks would be listed as images; "
                 "choose an output beside it"

@@ -67,7 +67,7 @@ class Archive:
         """Equal where an unfinished run may be finished by this call."""
         return fingerprint(
             {
-                "source": self.source_uri,
+                "source": storage.plain(self.source_uri),
                 "include": sorted(set(self.config.include)),
                 "digest": self.model_digest,
                 "write": sorted(set(self.config.write)),
@@ -128,7 +128,8 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         unfinished = [
             record
             for record in records
-            if (record.source_uri, record.model_digest) == (archive.source_uri, archive.model_digest)
+            if record.model_digest == archive.model_digest
+            and storage.plain(record.source_uri) == storage.plain(archive.source_uri)
             and found[record.run] != "sealed"
         ]
         for record in unfinished:
@@ -153,14 +154,14 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
     done = table.done_before(
         archive.output_uri,
         archive.model_digest,
-        source=archive.source_uri,
+        source=storage.plain(archive.source_uri),
         write=archive.config.write,
         written_by_run={record.run: record.write for record in records},
         waiting=waiting,
     )
     plan = manifest.plan(
         storage.list_objects(archive.source_uri),
-        source=archive.source_uri,
+        source=storage.plain(archive.source_uri),
         include=archive.config.include,
         done=done,
         shard_images=archive.config.shard_images,

@@ -1,19 +1,26 @@
 """`s3://` URIs through s3fs, for `jobs.storage` alone.
 
 Endpoint, credentials and region come from the usual AWS_* variables (AWS_ENDPOINT_URL included), profiles or instance
-roles. This module owns the retries of object storage: those of s3fs and botocore are off, so that none multiply.
+roles; `s3://profile@bucket` names a profile of the AWS config files, which then decides alone. This module owns the
+retries of object storage: those of s3fs and botocore are off, so that none multiply.
 """
 
+import asyncio
 import functools
+import hashlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+import botocore.session
 import pyarrow.fs
 import stamina
 from botocore.exceptions import (
@@ -41,18 +48,14 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 CONNECT_TIMEOUT_S, STALL_TIMEOUT_S = 5, 60
+MIN_BYTES_PER_S = 10_000
+"""A slower body is given up and asked for again, on a new connection."""
+MAX_ATTEMPTS, RETRY_SECONDS, MAX_WAIT_S = 9, 120.0, 20.0
+SILENT_TRIES = DAMAGED_TRIES = 4
+MIN_GAP_S, MAX_GAP_S = 0.01, 1.0
 NUM_CONNECTIONS = 32
 
 _CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_TRANSPORT_ERRORS = (
-    ConnectionError,
-    HTTPClientError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ResponseParserError,
-    FSTimeoutError,
-    TimeoutError,
-)
 
 
 class _Client(S3FileSystem):
@@ -64,8 +67,11 @@ class _Client(S3FileSystem):
 class S3:
     """One account's objects. A call raises the errors of `jobs.storage`, after bounded retries of what may pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: str | None = None) -> None:
+        named = {} if profile is None else {"profile": profile, "endpoint_url": _endpoint_of(profile)}
+        self._pace = _Pace()
         self._client = _Client(
+            **named,
             use_listings_cache=False,
             skip_instance_cache=True,
             config_kwargs={
@@ -97,13 +103,22 @@ class S3:
         bucket, key = split(uri)
         version = {} if etag is None else {"IfMatch": f'"{etag}"'}
 
+        num_damaged = 0
+
         async def get() -> bytes:
+            nonlocal num_damaged
             response = await self._client._call_s3("get_object", Bucket=bucket, Key=key, **version)
+            size_bytes = response["ContentLength"]
             try:
                 async with response["Body"] as body:
-                    content: bytes = await body.read()
+                    # Not a limit on the whole: a body may take as long as it likes, if it only moves.
+                    reading = body.read()
+                    content: bytes = await asyncio.wait_for(reading, STALL_TIMEOUT_S + size_bytes / MIN_BYTES_PER_S)
             except (aiohttp.ClientError, RuntimeError) as error:  # aiohttp's for a body that ends early
                 raise ConnectionClosedError(endpoint_url=uri) from error
+            if (why := _damage(response, content)) is not None:
+                num_damaged += 1
+                raise _Damaged(why) if num_damaged < DAMAGED_TRIES else _Corrupt(why)
             return content
 
         try:
@@ -116,8 +131,10 @@ class S3:
                     raise FileNotFoundError(f"there is no object {uri}") from None
                 raise ImageError("gone", f"{uri} was deleted after it was listed") from None
             raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
-        except FlexibleChecksumError as error:
-            raise ImageError("integrity", f"{uri} arrives with another checksum than it has: {error}") from None
+        except (FlexibleChecksumError, _Corrupt) as error:
+            if etag is None:
+                raise StorageError(f"{uri} arrives damaged again and again: {error}") from None
+            raise ImageError("integrity", f"{uri} arrives damaged again and again: {error}") from None
 
     def write(self, uri: str, content: bytes) -> None:
         """Write the object, over what is there."""
@@ -201,23 +218,94 @@ class S3:
 
     def _retried(self, uri: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
         """Run `call` on the client's loop. _Refused where the store says no; StorageError where it says nothing."""
-        # An endpoint that never answered is a wrong address more often than an outage: say so within seconds.
-        attempts = 9 if self._has_answered else 4
+        num_silent = 0
+
+        def may_pass(error: Exception) -> bool:
+            nonlocal num_silent
+            num_silent += 1
+            self._has_answered |= _Refused.of(error) is not None
+            # An endpoint that never answered is a wrong address more often than an outage: say so within seconds.
+            return self._may_pass(error) and (self._has_answered or num_silent < SILENT_TRIES)
+
         try:
             for attempt in stamina.retry_context(
-                on=_may_pass, attempts=attempts, timeout=120, wait_initial=0.2, wait_max=20, wait_jitter=0.5
+                on=may_pass,
+                attempts=MAX_ATTEMPTS,
+                timeout=RETRY_SECONDS,
+                wait_initial=0.2,
+                wait_max=MAX_WAIT_S,
+                wait_jitter=0.5,
             ):
                 with attempt:
+                    self._pace.wait()
                     answer: Answer = sync(self._client.loop, call)
+                    self._pace.succeeded()
             self._has_answered = True
             return answer
-        except FlexibleChecksumError:
+        except (FlexibleChecksumError, _Corrupt):
             raise
         except (OSError, ClientError, BotoCoreError, ResponseParserError, ValueError) as error:
             if (refused := _Refused.of(error)) is not None:
                 self._has_answered = True
                 raise refused from error
             raise _no_answer(uri, error) from error
+
+    def _may_pass(self, error: Exception) -> bool:
+        """Transport errors, 5xx, throttling, and 409: two conditional writes of one name at one moment."""
+        if (refused := _Refused.of(error)) is None:
+            return isinstance(error, _TRANSPORT_ERRORS)
+        if refused.status in (429, 503) or refused.code == "SlowDown":
+            self._pace.throttled()
+        return refused.status >= 500 or refused.status in (409, 429) or refused.code in ("SlowDown", "RequestTimeout")
+
+
+class _Pace:
+    """The least time between two requests of a client: none until the store complains, doubled each time it does.
+
+    All threads share it, so that a store that cannot keep up gets fewer requests, not the same ones more often.
+    """
+
+    def __init__(self) -> None:
+        self._gap_s, self._next = 0.0, 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Sleep until it is this request's turn."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._gap_s
+        time.sleep(turn - now)
+
+    def throttled(self) -> None:
+        """The store wants fewer requests."""
+        with self._lock:
+            self._gap_s = min(max(2 * self._gap_s, MIN_GAP_S), MAX_GAP_S)
+
+    def succeeded(self) -> None:
+        """A request was served: a little faster again."""
+        with self._lock:
+            self._gap_s = self._gap_s * 0.95 if self._gap_s > MIN_GAP_S / 10 else 0.0
+
+
+class _Damaged(Exception):
+    """A body is not what was stored; the next one may be."""
+
+
+class _Corrupt(Exception):
+    """Body after body is not what was stored."""
+
+
+_TRANSPORT_ERRORS = (
+    ConnectionError,
+    HTTPClientError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ResponseParserError,
+    FSTimeoutError,
+    TimeoutError,
+    _Damaged,
+)
 
 
 class _Refused(Exception):
@@ -243,13 +331,6 @@ def _say_retry(details: RetryDetails) -> None:
 
 
 set_on_retry_hooks([_say_retry])
-
-
-def _may_pass(error: Exception) -> bool:
-    """Transport errors, 5xx, throttling, and 409: two conditional writes of one name at one moment."""
-    if (refused := _Refused.of(error)) is not None:
-        return refused.status >= 500 or refused.status in (409, 429) or refused.code in ("SlowDown", "RequestTimeout")
-    return isinstance(error, _TRANSPORT_ERRORS)
 
 
 def _storage_error(uri: str, endpoint: str, refused: _Refused) -> StorageError:
@@ -303,17 +384,56 @@ def _no_credentials(uri: str) -> str:
 def split(uri: str) -> tuple[str, str]:
     """(bucket, key), the key exactly as it is written."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise ConfigError(f"{uri!r} names no bucket; wanted s3://bucket/prefix")
+    profile, at, bucket = bucket.rpartition("@")
+    if ":" in profile:
+        raise ConfigError(
+            f"a location in the bucket {bucket!r} holds a password: never write one into a location; put the keys into "
+            "a profile of the AWS config files, and name that: s3://profile@bucket/prefix"
+        )
+    if not bucket or (at and not profile):
+        raise ConfigError(f"{uri!r} names no bucket; wanted s3://bucket/prefix or s3://profile@bucket/prefix")
     return bucket, key
 
 
-def connect() -> S3:
-    """The client of this process and its AWS_* variables; made once, used by many threads."""
+def without_profile(uri: str) -> str:
+    """s3://bucket/key of s3://profile@bucket/key."""
+    bucket, key = split(uri)
+    return f"s3://{bucket}/{key}" if key else f"s3://{bucket}"
+
+
+def connect(uri: str) -> S3:
+    """The client for a location: of this process, its AWS_* variables and the location's profile; for many threads."""
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _connect(os.getpid(), settings)
+    profile = uri.removeprefix("s3://").partition("/")[0].rpartition("@")[0]
+    return _connect(os.getpid(), settings, profile or None)
 
 
-@functools.lru_cache(maxsize=4)
-def _connect(process: int, settings: tuple[tuple[str, str], ...]) -> S3:
-    return S3()
+@functools.lru_cache(maxsize=8)
+def _connect(process: int, settings: tuple[tuple[str, str], ...], profile: str | None) -> S3:
+    return S3(profile)
+
+
+def _endpoint_of(profile: str) -> str | None:
+    """The endpoint_url of a profile; None: AWS itself. The AWS_ENDPOINT_URL of the environment is another store's."""
+    try:
+        settings = botocore.session.Session(profile=profile).get_scoped_config()
+    except ProfileNotFound:
+        raise ConfigError(
+            f"there is no storage profile {profile!r}: add a section [profile {profile}] with its keys and "
+            "endpoint_url to the AWS config file (~/.aws/config, or AWS_CONFIG_FILE)"
+        ) from None
+    region = settings.get("region", "us-east-1")
+    return settings.get("endpoint_url") or f"https://s3.{region}.amazonaws.com"
+
+
+def _damage(response: Mapping[str, Any], content: bytes) -> str | None:
+    """What is wrong with a body, None for nothing. An ETag is the MD5 of what was put in one piece, not encrypted."""
+    if len(content) != response["ContentLength"]:
+        return f"{len(content)} bytes came of {response['ContentLength']}"
+    etag = response["ETag"].strip('"')
+    if not re.fullmatch("[0-9a-f]{32}", etag) or "kms" in response.get("ServerSideEncryption", ""):
+        return None
+    if "SSECustomerAlgorithm" in response:
+        return None
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return None if md5 == etag else f"their MD5 is {md5}, the ETag says {etag}"

@@ -166,7 +166,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     columns: dict[str, Any] = dict.fromkeys(sink.SCHEMA.names)
     columns |= {
         "key": row.key,
-        "source_uri": task.source_uri,
+        "source_uri": storage.plain(task.source_uri),
         "etag": row.etag,
         "window_y": row.window_y,
         "window_x": row.window_x,
@@ -198,7 +198,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
 def _put_png(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
     """Put the mask as an object of its own. Where one is, its bytes go into the row: row and PNG always agree."""
     uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"])
-    row = row | {"mask_uri": uri}
+    row = row | {"mask_uri": storage.plain(uri)}
     if storage.put_if_absent(uri, row["mask_png"], root=task.output_uri):
         return row
     there = storage.read_bytes(uri)

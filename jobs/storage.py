@@ -1,5 +1,8 @@
 """The only door to URIs: list, read, write, put if absent. Paths and `file://` are local; `s3://` is object storage.
 
+`s3://profile@bucket/prefix` takes endpoint, region and credentials from that profile of the AWS config files, so that
+source and sink may be different stores; `s3://bucket/prefix` takes them from the AWS_* variables.
+
 Errors are made here, once, for every caller:
 
 - ImageError `changed`, `gone`, `integrity`: this one object, where a version (etag) was asked for;
@@ -38,15 +41,15 @@ class StoredObject(NamedTuple):
 
 
 def canonical(uri: str | Path) -> str:
-    """One spelling for one place: absolute path or `s3://bucket/prefix`, no trailing slash.
+    """One spelling for one place: absolute path or `s3://[profile@]bucket/prefix`, no trailing slash.
 
     ConfigError for other schemes.
     """
     text = os.fspath(uri)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "s3":
-        bucket, prefix = s3.split(text)
-        return f"s3://{bucket}/{prefix}".rstrip("/")
+        s3.split(text)
+        return text.rstrip("/")
     if scheme == "file":
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
@@ -57,6 +60,11 @@ def canonical(uri: str | Path) -> str:
     if not text:
         raise ConfigError("a location is empty; wanted a local path, file:// or s3://")
     return os.path.abspath(text)
+
+
+def plain(uri: str) -> str:
+    """The location without the name of a storage profile: what other programs, and rows, call it."""
+    return s3.without_profile(uri) if is_remote(uri) else uri
 
 
 def join(uri: str | Path, *parts: str) -> str:
@@ -76,7 +84,7 @@ def list_objects(uri: str | Path, *, missing_ok: bool = False) -> Iterator[Store
     """
     place = canonical(uri)
     if is_remote(place):
-        return map(StoredObject._make, s3.connect().list_objects(place))
+        return map(StoredObject._make, s3.connect(place).list_objects(place))
     if missing_ok and not disk.exists(place):
         return iter(())
     return map(StoredObject._make, disk.list_objects(place))
@@ -89,7 +97,7 @@ def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
     there, else FileNotFoundError.
     """
     place = _object(uri)
-    return s3.connect().read(place, etag) if is_remote(place) else disk.read(place, etag)
+    return s3.connect(place).read(place, etag) if is_remote(place) else disk.read(place, etag)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -104,7 +112,7 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
     """Write, over what is there. For what may be rewritten: reports, results, hints, models."""
     place = _object(uri)
     if is_remote(place):
-        s3.connect().write(place, content)
+        s3.connect(place).write(place, content)
     else:
         disk.write(place, content)
 
@@ -117,7 +125,7 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
     """
     place = _object(uri)
     if is_remote(place):
-        return s3.connect().put_if_absent(place, content)
+        return s3.connect(place).put_if_absent(place, content)
     folder = os.path.dirname(place) if root is None else canonical(root)
     return disk.put_if_absent(place, content, join(folder, SCRATCH))
 
@@ -126,7 +134,7 @@ def delete(uri: str | Path) -> None:
     """Remove an object; one that is not there is fine."""
     place = _object(uri)
     if is_remote(place):
-        s3.connect().delete(place)
+        s3.connect(place).delete(place)
     else:
         disk.delete(place)
 
@@ -151,7 +159,7 @@ def age_s(uri: str | Path, *, root: str | Path) -> float | None:
     """
     place = _object(uri)
     if is_remote(place):
-        return s3.connect().age_s(place)
+        return s3.connect(place).age_s(place)
     return disk.age_s(place, join(canonical(root), SCRATCH))
 
 
@@ -164,7 +172,7 @@ def sweep_scratch(root: str | Path) -> None:
 def exists(uri: str | Path) -> bool:
     """Whether there is an object (locally: or a folder) of that name."""
     place = _object(uri)
-    return s3.connect().exists(place) if is_remote(place) else disk.exists(place)
+    return s3.connect(place).exists(place) if is_remote(place) else disk.exists(place)
 
 
 def download_folder(uri: str | Path) -> Path:
@@ -215,7 +223,7 @@ def arrow(uri: str | Path) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     place = canonical(uri)
     try:
         if is_remote(place):
-            yield s3.connect().arrow_filesystem(place), place.removeprefix("s3://")
+            yield s3.connect(place).arrow_filesystem(place), plain(place).removeprefix("s3://")
         else:
             yield pyarrow.fs.LocalFileSystem(), place
     except FileNotFoundError as error:

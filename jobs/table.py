@@ -58,7 +58,7 @@ def read_footers(parts: Sequence[Part]) -> list[Footer]:
     with storage.arrow(parts[0].uri) as (filesystem, _), storage.io_threads() as threads:
 
         def read(part: Part) -> Footer:
-            path = part.uri.removeprefix("s3://")
+            path = storage.plain(part.uri).removeprefix("s3://")
             return sink.read_footer(pq.read_metadata(path, filesystem=filesystem), part.uri)
 
         return list(threads.map(read, parts))
@@ -68,7 +68,7 @@ def scan(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBat
     """The rows of `parts`, in their order, a batch in memory at a time."""
     if parts:
         with storage.arrow(parts[0].uri) as (filesystem, _):
-            paths = [part.uri.removeprefix("s3://") for part in parts]
+            paths = [storage.plain(part.uri).removeprefix("s3://") for part in parts]
             dataset = pa.dataset.dataset(paths, schema=sink.SCHEMA, format="parquet", filesystem=filesystem)
             yield from dataset.to_batches(columns=list(columns))
 

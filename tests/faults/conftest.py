@@ -1,6 +1,6 @@
 """What the fault tests share: what an undisturbed run of the test archive gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,11 @@ import pytest
 
 from jobs import predict
 from jobs.contract import PredictConfig, PredictResult
-from tests.faults.invariants import rows_of
+
+pytest.register_assert_rewrite("tests.faults.invariants")
+
+from tests.faults.invariants import rows_of  # noqa: E402
+from tests.faults.proxy import FaultProxy  # noqa: E402
 
 
 @pytest.fixture
@@ -35,3 +39,20 @@ def masks(tiny_model: Path, archive: Path, tmp_path_factory: pytest.TempPathFact
     output = str(tmp_path_factory.mktemp("undisturbed"))
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, backend="inline", threads=1)
     return {row["key"]: row["mask_png"] for row in rows_of(output, predict.run(config).model_digest)}
+
+
+@pytest.fixture
+def fault_proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """AWS_* of this process lead to the test's S3 server through a proxy that spoils what it is told to, fast."""
+    for name, value in {
+        "STALL_TIMEOUT_S": 1,
+        "MIN_BYTES_PER_S": 100_000,
+        "RETRY_SECONDS": 20.0,
+        "MAX_WAIT_S": 0.5,
+        "MAX_ATTEMPTS": 6,
+    }.items():
+        monkeypatch.setattr(f"jobs.s3.{name}", value)
+    proxy = FaultProxy(s3_environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()

@@ -49,7 +49,7 @@ def assert_complete(
             sum(row["error_code"] is not None for row in of_run),
         )
         rows += of_run
-    assert Counter(row["key"] for row in rows) == Counter(keys)
+    assert Counter(row["key"] for row in rows) == Counter(list(keys))
     assert {row["key"]: row["error_code"] for row in rows if row["error_code"]} == dict(failed)
     for row in rows:
         if row["error_code"] is not None:
