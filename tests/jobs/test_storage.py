@@ -345,3 +345,118 @@ def test_a_store_that_keeps_what_is_there_is_told_from_one_that_overwrites(place
 def test_a_server_that_ignores_the_condition_is_found_out(flaky_server) -> None:
     flaky_server.last = b"HTTP/1.1 204 No Content\r\n\r\n"
     assert not storage.refuses_overwrites("s3://bucket/out")
+
+
+# -------------------------------------------------------------------------------------------------- storage profiles
+
+
+@pytest.fixture
+def profiles(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile `lab` leads to the test's S3 server; the AWS_* variables lead nowhere, with other keys."""
+    keys = f"aws_access_key_id = {s3_server['AWS_ACCESS_KEY_ID']}\n"
+    keys += f"aws_secret_access_key = {s3_server['AWS_SECRET_ACCESS_KEY']}\n"
+    endpoint = f"endpoint_url = {s3_server['AWS_ENDPOINT_URL']}\nregion = us-east-1\n"
+    (tmp_path / "aws").write_text(
+        f"[profile lab]\n{keys}{endpoint}\n[profile keyless]\n{endpoint}\n[profile aws]\n{keys}"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def test_a_profile_decides_alone(profiles: None, tmp_path: Path) -> None:
+    root = f"s3://lab@archive/{tmp_path.name}"
+    storage.write_bytes(f"{root}/a b@c.png", b"content")
+    assert [found.key for found in storage.list_objects(root)] == ["a b@c.png"]
+    assert storage.read_bytes(f"{root}/a b@c.png") == b"content"
+    assert storage.put_if_absent(f"{root}/a b@c.png", b"other") is False
+    with storage.arrow(f"{root}/a b@c.png") as (filesystem, path):
+        assert filesystem.get_file_info(path).size == 7
+    with pytest.raises(StorageError):
+        storage.exists(storage.plain(f"{root}/a b@c.png"))
+    with pytest.raises(StorageError, match="credentials"):
+        storage.exists("s3://keyless@archive/x")
+
+
+def test_the_environments_endpoint_is_not_a_profiles(profiles: None) -> None:
+    from jobs import s3
+
+    assert s3._endpoint_of("aws") == "https://s3.us-east-1.amazonaws.com"
+
+
+def test_locations_are_told_without_their_profile() -> None:
+    assert storage.plain("s3://lab@archive/a@b/c") == "s3://archive/a@b/c"
+    assert storage.plain("s3://archive/a@b") == "s3://archive/a@b"
+    assert storage.plain("/folder/s3") == "/folder/s3"
+    assert storage.canonical("s3://lab@archive/a/") == "s3://lab@archive/a"
+
+
+def test_an_unknown_profile_and_a_password_are_refused_in_a_sentence(profiles: None) -> None:
+    with pytest.raises(ConfigError, match="there is no storage profile 'nobody'"):
+        storage.exists("s3://nobody@archive/x")
+    with pytest.raises(ConfigError, match="never write one into a location") as refused:
+        storage.canonical("s3://me:hunter2@archive/x")
+    assert "hunter2" not in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------------ damage on the way
+
+
+def test_a_body_that_is_not_what_was_stored_is_asked_for_again(flaky_server) -> None:
+    wrong = b'HTTP/1.1 200 OK\r\nETag: "9a0364b9e99bb480dd25e1f0284c8555"\r\nContent-Length: 7\r\n\r\ncontenT'
+    flaky_server.last = wrong.replace(b"contenT", b"content")
+    flaky_server.answers = [wrong, wrong]
+    assert storage.read_bytes("s3://bucket/a") == b"content"
+    flaky_server.last = wrong
+    with pytest.raises(StorageError, match="damaged again and again"):
+        storage.read_bytes("s3://bucket/a")
+    with pytest.raises(ImageError) as caught:
+        storage.read_bytes("s3://bucket/a", "9a0364b9e99bb480dd25e1f0284c8555")
+    assert caught.value.code == "integrity"
+
+
+@pytest.mark.parametrize(
+    "header", [b"x-amz-server-side-encryption: aws:kms", b"x-amz-server-side-encryption-customer-algorithm: AES256"]
+)
+def test_an_encrypted_objects_etag_is_no_checksum(flaky_server, header: bytes) -> None:
+    flaky_server.last = (
+        b'HTTP/1.1 200 OK\r\nETag: "00000000000000000000000000000000"\r\n'
+        + header
+        + b"\r\nContent-Length: 7\r\n\r\ncontent"
+    )
+    assert storage.read_bytes("s3://bucket/a") == b"content"
+
+
+# ------------------------------------------------------------------------------------------------------- credentials
+
+
+def test_credentials_are_fetched_anew_before_they_expire(
+    s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a role are: a night is longer than they last."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    asked = tmp_path / "asked"
+    program = tmp_path / "credentials.py"
+    program.write_text(
+        "import datetime, json\n"
+        f"open({str(asked)!r}, 'a').write('x')\n"
+        "until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=60)\n"
+        f"print(json.dumps({{'Version': 1, 'AccessKeyId': {s3_server['AWS_ACCESS_KEY_ID']!r}, "
+        f"'SecretAccessKey': {s3_server['AWS_SECRET_ACCESS_KEY']!r}, 'Expiration': until.isoformat()}}))\n"
+    )
+    (tmp_path / "aws").write_text(
+        f"[profile role]\ncredential_process = {sys.executable} {program}\nregion = us-east-1\n"
+        f"endpoint_url = {s3_server['AWS_ENDPOINT_URL']}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
+    uri = f"s3://role@archive/{tmp_path.name}"
+    storage.write_bytes(uri, b"1")
+    first = len(asked.read_text())
+    storage.write_bytes(uri, b"2")
+    with storage.arrow(uri) as (filesystem, path):
+        assert filesystem.get_file_info(path).size == 1
+    assert len(asked.read_text()) > first  # those that end within minutes are not used up to the last second
