@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs import hints
 from jobs.cluster import local_ray
+from jobs.contract import PredictConfig
 from jobs.manifest import Shard
 from jobs.progress import Drain, draining
 from jobs.shard import Task, Worker
@@ -15,6 +16,12 @@ from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError,
 from unetpp.predictor import Predictor
 
 MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
+START_S = 900
+"""How long the first workers may take to start: longer than a node takes to come."""
+SILENT_STALLS = 4
+"""A run without a commit for so many stall_s is given up: longer than the three tries of a shard that hangs."""
+
+logger = logging.getLogger(__name__)
 
 _STOPPING = (AbandonedError, ConfigError, ModelError, StorageError)
 _STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in _STOPPING}
@@ -43,12 +50,15 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
     with local_ray(num_cpus * (num_workers or 1)), draining(drain, task.config.drain_s, tell_workers):
         import ray.data
         import ray.exceptions
+        from ray.data.exceptions import ExecutionTimeoutError
 
-        compute, per_actor = _pool(ray, len(shards), num_workers, num_cpus)
+        compute, per_actor = _pool(ray, len(shards), task.config, num_cpus)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.wait_for_min_actors_s = START_S
+        context.execution_no_progress_timeout_s = SILENT_STALLS * task.config.stall_s or -1
         rows = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
         with warnings.catch_warnings():
             # Restarts can only be bounded through the keywords that Ray deprecates; its default is for ever.
@@ -64,23 +74,48 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
                     raise _STOPS[answer["stop"]](answer["text"])
                 if answer["text"]:
                     yield Footer.model_validate_json(answer["text"])
+        except ray.exceptions.GetTimeoutError as error:
+            raise UnetppError(
+                f"no worker of run {task.run} could start within {START_S} s: the cluster has no room for one with "
+                f"{', '.join(f'{name} {value}' for name, value in per_actor.items())}; make some, then the same command "
+                "goes on from here"
+            ) from error
+        except ExecutionTimeoutError as error:
+            raise UnetppError(
+                f"nothing of run {task.run} was committed for {SILENT_STALLS} x stall_s "
+                f"({SILENT_STALLS * task.config.stall_s:g} s): the cluster lost its workers, or a shard takes longer; "
+                "the same command goes on from here, with --stall-s for more patience"
+            ) from error
         except ray.exceptions.RayError as error:
             raise UnetppError(
                 f"Ray gave up on a shard of run {task.run} after its worker died {MAX_TASK_RETRIES + 1} times "
                 f"({type(error).__name__}): look for lack of memory; the same command goes on from here"
             ) from error
+        finally:
+            for word in hints.words(task.hints_uri):
+                logger.warning("%s", word)
 
 
-def _pool(ray: Any, num_shards: int, num_workers: int | None, num_cpus: int) -> tuple[Any, dict[str, Any]]:
-    """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry."""
+def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tuple[Any, dict[str, Any]]:
+    """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry.
+
+    Unless `num_workers` fixes it, their number follows the nodes that come and go.
+    """
     resources = ray.cluster_resources()
     num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if num_cpus > available_cpus:
         raise ConfigError(f"threads {num_cpus} is more than the {available_cpus} CPUs that Ray has; ask for fewer")
     room = num_gpus or available_cpus // num_cpus
-    size = max(1, min(num_shards, room, num_workers or room))
-    per_actor = {"num_cpus": num_cpus} | ({"num_gpus": 1} if num_gpus else {})
-    return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
+    size = max(1, min(num_shards, room, config.num_workers or room))
+    per_actor: dict[str, Any] = {"num_cpus": num_cpus} | ({"num_gpus": 1} if num_gpus else {})
+    initial = size
+    if config.node_labels:
+        per_actor["label_selector"] = dict(label.split("=", 1) for label in config.node_labels)
+        initial = 1  # how many of the nodes have them is not known
+    if config.num_workers is not None:
+        return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
+    sizes = {"min_size": 1, "initial_size": initial, "max_size": num_shards}
+    return ray.data.ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=2), per_actor
 
 
 class ShardActor:

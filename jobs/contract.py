@@ -224,6 +224,9 @@ class PruneResult(Frozen):
 
 # ---------------------------------------------------------------------------------------------- predict
 
+WALL_FACTOR = 5
+"""Waiting for other processes is no work: the clock on the wall may run this much longer than the CPU's."""
+
 WriteFormat = Literal["parquet", "png"]
 
 
@@ -238,7 +241,11 @@ class PredictOptions(Frozen):
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="actors; default: one a GPU, or one a core"
+        None,
+        description="actors, a fixed number; default: one a GPU, or one a core, and on a cluster more as it grows",
+    )
+    node_labels: tuple[str, ...] = Field(
+        (), description="name=value labels that a node of the cluster must have to be given work"
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of an engine; default: 1 with Ray, all cores inline"
@@ -261,6 +268,9 @@ class PredictOptions(Frozen):
     drain_s: Annotated[float, Field(ge=0)] = Field(
         30.0, description="time that shards in flight get to be committed after Ctrl-C or SIGTERM"
     )
+    stall_s: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="a worker in which nothing moves for so long is ended, and its shard tried again; 0: never"
+    )
     single_writer: bool = Field(
         False, description="accept a store that cannot refuse overwrites; never start two runs on it at once"
     )
@@ -272,6 +282,10 @@ class PredictOptions(Frozen):
             raise ValueError("write must name parquet: the table is the record of what is done")
         if not self.include:
             raise ValueError("include must name at least one glob")
+        if unlabelled := [label for label in self.node_labels if not all(label.partition("="))]:
+            raise ValueError(f"node_labels are name=value, not {unlabelled[0]!r}")
+        if 0 < self.stall_s <= (needed := WALL_FACTOR * self.decode_seconds):
+            raise ValueError(f"stall_s {self.stall_s:g} must be above {needed:g}, {WALL_FACTOR} x decode_seconds")
         return self
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.contract import WALL_FACTOR
 from unetpp.config import Level
 from unetpp.engines import Mode
 from unetpp.errors import ImageError, ImageErrorCode
@@ -34,8 +35,6 @@ DECODER = "unetpp.images:decode_image"
 """module:function that decodes in the child: (bytes, max_pixels) -> image_HWC."""
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
-WALL_FACTOR = 5
-"""Waiting for other processes is no work: the clock on the wall may run this much longer than the CPU's."""
 PREDICT_SECONDS = 600.0
 MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 16, 64 << 20
 
@@ -192,10 +191,12 @@ class DecodePool:
 class GuardedPredictor:
     """Predicts in a child process on the CPU, one image after the other: what kills it is an ImageError."""
 
-    def __init__(self, model_dir: Path, level: Level, mode: Mode, tile_px: int) -> None:
+    def __init__(
+        self, model_dir: Path, level: Level, mode: Mode, tile_px: int, seconds: float = PREDICT_SECONDS
+    ) -> None:
         work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
         self.batch_images = 1
-        self._child = Child(work, Limits(PREDICT_SECONDS))
+        self._child = Child(work, Limits(seconds))
 
     def predict(self, images: Sequence[Image]) -> list[Prediction]:
         """As `Predictor.predict`; ImageError `crash` or `timeout` where an image ends the child."""

@@ -1,7 +1,7 @@
 """Notes of a run that decide nothing: which shards are in flight, and that a call is to end.
 
 ```
-<output>/runs/<run id>/hints/shard-00007.<uuid>      put before the shard is begun, removed at its end
+<output>/runs/<run id>/hints/shard-00007.<uuid>      put before the shard is begun, removed at its end; where it hung
 <output>/runs/<run id>/hints/stop.<call>             the call's driver wants no more shards begun
 ```
 A shard's note that stays tells that its worker was killed over it.
@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jobs import storage
@@ -34,15 +34,30 @@ def look(hints_uri: str, call: str, shard: int) -> Seen:
 
 
 @contextlib.contextmanager
-def in_flight(hints_uri: str, shard: int) -> Iterator[None]:
-    """Inside the block the shard is noted as begun; only a killed process leaves the note."""
+def in_flight(hints_uri: str, shard: int) -> Iterator[Callable[[str], None]]:
+    """Inside the block the shard is noted as begun; only a killed process leaves the note.
+
+    Yields a function that adds a word to the note, for whoever looks why.
+    """
     uri = storage.join(hints_uri, f"shard-{shard:05d}.{uuid.uuid4().hex}")
-    storage.write_bytes(uri, f"{socket.gethostname()} {os.getpid()}".encode())
+    owner = f"{socket.gethostname()} {os.getpid()}"
+    storage.write_bytes(uri, owner.encode())
     try:
-        yield
+        yield lambda word: storage.write_bytes(uri, f"{owner}\n{word}".encode())
     finally:
         with contextlib.suppress(UnetppError):
             storage.delete(uri)
+
+
+def words(hints_uri: str) -> list[str]:
+    """What workers that ended themselves left word of."""
+    notes = [found.key for found in storage.list_objects(hints_uri, missing_ok=True) if found.key.startswith("shard-")]
+    found = []
+    for note in notes:
+        with contextlib.suppress(FileNotFoundError):  # its shard ended meanwhile
+            _, _, word = storage.read_bytes(storage.join(hints_uri, note)).decode(errors="replace").partition("\n")
+            found.append(word)
+    return [word for word in found if word]
 
 
 def stop(hints_uri: str, call: str) -> None:

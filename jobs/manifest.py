@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -124,7 +125,7 @@ def plan(
         is_done, attempts = done.lookup(identities)
         chosen = [found for found, skip in zip(images, is_done, strict=True) if not skip]
         pages.append(_table(chosen, attempts[~is_done]))
-    table = pa.concat_tables(pages).sort_by("key")
+    table = _by_key(pa.concat_tables(pages))
     shards = _cut(table["size_bytes"].to_numpy(), shard_images)
     table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
     return Plan(table, num_listed, num_listed - len(table), num_others)
@@ -180,6 +181,13 @@ def read_rows(manifest_uri: str, shard: Shard) -> list[ManifestRow]:
 def _row_group(manifest_uri: str, group: int) -> pa.Table:
     with storage.arrow(manifest_uri) as (filesystem, path), pq.ParquetFile(path, filesystem=filesystem) as file:
         return file.read_row_group(group)
+
+
+def _by_key(table: pa.Table) -> pa.Table:
+    """Sorted by key. Stores list in this order, and a sorted copy of millions of rows is worth avoiding."""
+    keys = table["key"]
+    is_sorted = pc.all(pc.less_equal(keys[:-1], keys[1:]), min_count=0).as_py() if len(keys) else True
+    return table if is_sorted else table.sort_by("key")
 
 
 def _pages(listing: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:

@@ -4,8 +4,10 @@ They are chained lazily: one batch of images is decoded at a time, and a stage d
 """
 
 import logging
+import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from jobs import hints, manifest, sink, storage
-from jobs.contract import PredictConfig
-from jobs.guarded import DecodePool, GuardedPredictor, Limits
+from jobs.contract import WALL_FACTOR, ExitCode, PredictConfig
+from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor, Limits
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
+from jobs.watchdog import Watch, watching
 from unetpp.errors import ImageError, ModelError, StorageError
 from unetpp.images import decode_mask, encode_mask
 from unetpp.predictor import Image, Prediction, Predictor
@@ -31,6 +34,7 @@ from unetpp.predictor import Image, Prediction, Predictor
 logger = logging.getLogger(__name__)
 
 BATCH_PIXELS = 16_000_000
+TELLING_S = 20.0
 MAX_TRIES = 2
 """Workers that may die over a shard before its images are predicted behind a guard."""
 
@@ -247,10 +251,25 @@ class Worker:
         seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
         if seen.is_stopped:
             return None
-        with hints.in_flight(self.task.hints_uri, shard.number), self._predictor_after(seen.num_tries) as predictor:
-            items = read_shard(self.task, shard, self._threads, self._decoders)
-            outcomes = predict_shard(predictor, items)
+        with (
+            hints.in_flight(self.task.hints_uri, shard.number) as leave_word,
+            watching(self.task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
+            self._predictor_after(seen.num_tries) as predictor,
+        ):
+            self.predictor.on_forward = watch.sign
+            items = watch.through("read", read_shard(self.task, shard, self._threads, self._decoders))
+            outcomes = watch.through("predict", predict_shard(predictor, items))
             return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
+
+    def _give_up(self, shard: Shard, watch: Watch, leave_word: Callable[[str], None]) -> None:
+        """End this process, which hangs: its shard is tried again, and in the end image by image behind a guard."""
+        word = f"shard {shard.number}: nothing moved for {watch.still_s:.0f} s in stage {watch.stage}"
+        word += f", after image {watch.key!r}" if watch.key else ""
+        logger.error("%s; its worker is ended", word)
+        telling = threading.Thread(target=leave_word, args=(f"{word}; its worker was ended",), daemon=True)
+        telling.start()
+        telling.join(TELLING_S)  # it may be the store that hangs
+        os._exit(ExitCode.INTERRUPTED)
 
     @contextmanager
     def _predictor_after(self, num_tries: int) -> Iterator[Predictor | GuardedPredictor]:
@@ -261,8 +280,11 @@ class Worker:
         config = self.task.config
         logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
         model_dir = fetch_model(self.task.model_uri)
-        with GuardedPredictor(model_dir, self.predictor.level, config.mode, config.tile_px) as guarded:
-            yield guarded
+        seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
+        with GuardedPredictor(
+            model_dir, self.predictor.level, config.mode, config.tile_px, seconds or PREDICT_SECONDS
+        ) as predictor:
+            yield predictor
 
     def __enter__(self) -> Self:
         return self

@@ -5,11 +5,12 @@ and Spark read it as is. A part is there whole or not at all, so every row that 
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -19,6 +20,7 @@ from jobs.sink import Footer
 from unetpp.errors import PERMANENT_IMAGE_ERRORS
 
 MAX_ATTEMPTS = 3
+PARTS_AT_ONCE = 64
 
 Place = tuple[str, int, int]
 """Key, window_y, window_x."""
@@ -65,12 +67,20 @@ def read_footers(parts: Sequence[Part]) -> list[Footer]:
 
 
 def scan(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of `parts`, in their order, a batch in memory at a time."""
-    if parts:
-        with storage.arrow(parts[0].uri) as (filesystem, _):
-            paths = [storage.plain(part.uri).removeprefix("s3://") for part in parts]
-            dataset = pa.dataset.dataset(paths, schema=sink.SCHEMA, format="parquet", filesystem=filesystem)
-            yield from dataset.to_batches(columns=list(columns))
+    """The rows of `parts`, in their order, few parts in memory at a time."""
+    schema = pa.schema([sink.SCHEMA.field(name) for name in columns])
+
+    def read(part: Part) -> pa.Table:
+        path = storage.plain(part.uri).removeprefix("s3://")
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            return file.read(schema.names).select(schema.names).cast(schema)
+
+    remaining = iter(parts)
+    while some := list(islice(remaining, PARTS_AT_ONCE)):
+        # pyarrow's own dataset scanner reads ahead without a bound on memory.
+        with storage.arrow(some[0].uri) as (filesystem, _), storage.io_threads() as threads:
+            for table in threads.map(read, some):
+                yield from table.to_batches()
 
 
 def read_rows(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
@@ -122,20 +132,53 @@ def newest_view(output: str, model: str, name: str = "masks") -> str:
 
 
 class Done:
-    """What the newest row of every image version says, in sorted arrays: 16-byte identities, done, attempts."""
+    """What the newest row of every image version says, as 16-byte identities: settled, or open after some attempts.
 
-    def __init__(self, identities: Identities, done: NDArray[np.bool_], attempts: NDArray[np.int16]) -> None:
-        """`identities` newest first; the first of equal ones counts."""
-        self._identities, first = np.unique(identities, return_index=True)
-        self._done, self._attempts = done[first], attempts[first]
+    Two million images take 32 MB; runs are added newest first, so that what is open stays so whatever older runs say.
+    """
+
+    def __init__(self) -> None:
+        self._settled = bytearray()
+        self._open, self._attempts = np.empty(0, "S16"), np.empty(0, np.int16)
+        self._run: list[tuple[Identities, NDArray[np.int16]]] = []
+
+    def add(self, identities: Identities, settled: NDArray[np.bool_], attempts: NDArray[np.int16]) -> None:
+        """Some rows of a run: of each its image version, whether it needs nothing now, and its attempts."""
+        fresh = ~self._is_open(identities)[0]
+        self._settled += identities[fresh & settled].tobytes()
+        self._run.append((identities[fresh & ~settled], attempts[fresh & ~settled]))
+
+    def end_run(self) -> None:
+        """All rows of a run are added; the next ones are of an older run."""
+        identities = np.concatenate([self._open, *(found for found, _ in self._run)])
+        attempts = np.concatenate([self._attempts, *(found for _, found in self._run)])
+        order = np.argsort(identities)
+        self._open, self._attempts, self._run = identities[order], attempts[order], []
 
     def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
         """(needs nothing now, attempts so far) of each identity; (False, 0) for an unknown one."""
-        if not len(self._identities):
-            return np.zeros(len(identities), bool), np.zeros(len(identities), np.int16)
-        at = np.searchsorted(self._identities, identities).clip(max=len(self._identities) - 1)
-        known = self._identities[at] == identities
-        return known & self._done[at], np.where(known, self._attempts[at], 0).astype(np.int16)
+        settled = _find(self._sorted, identities)[0]  # a newer run's word, if an older one left it open
+        return settled, np.where(settled, 0, self._is_open(identities)[1]).astype(np.int16)
+
+    @cached_property
+    def _sorted(self) -> Identities:
+        settled = np.frombuffer(self._settled, "S16")
+        settled.sort()
+        return settled
+
+    def _is_open(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        is_open, at = _find(self._open, identities)
+        attempts = np.zeros(len(identities), np.int16)
+        attempts[is_open] = self._attempts[at[is_open]]
+        return is_open, attempts
+
+
+def _find(there: Identities, wanted: Identities) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """Whether each of `wanted` is in the sorted array, and where."""
+    if not len(there):
+        return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.intp)
+    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+    return there[at] == wanted, at
 
 
 def done_before(
@@ -161,15 +204,18 @@ def done_before(
         waiting: runs whose failed images are not to be tried again now.
     """
     by_run = _by_run(list_parts(output, digest))
-    identities, done, attempts = [np.empty(0, "S16")], [np.empty(0, bool)], [np.empty(0, np.int16)]
+    done = Done()
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"]):
             rows = [row for row in batch.to_pylist() if row["source_uri"] == source]
-            identities.append(np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"))
-            done.append(np.array([covers and _is_settled(row, run in waiting) for row in rows], bool))
-            attempts.append(np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16))
-    return Done(np.concatenate(identities), np.concatenate(done), np.concatenate(attempts))
+            done.add(
+                np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"),
+                np.array([covers and _is_settled(row, run in waiting) for row in rows], bool),
+                np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16),
+            )
+        done.end_run()
+    return done
 
 
 def still_failed(

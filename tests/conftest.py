@@ -1,17 +1,11 @@
 """What tests of all rooms share: a real S3 server, a tiny model, an archive of images, a private Ray."""
 
-import json
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
-import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from s3fs import S3FileSystem
+
+from tests.seaweedfs import SeaweedFS
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a test without credentials waits for a cloud that is not there
 
-KEY_ID, SECRET = "key-of-the-tests", "canary-secret-of-the-tests"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -42,88 +36,8 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A SeaweedFS on loopback, with buckets `archive` and `output`: the AWS_* variables that lead to it."""
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    port, *others = _free_ports(5)
-    _write_s3_accounts(folder / "accounts.json")
-    services = zip(("master", "filer", "volume", "admin"), others, strict=True)
-    command = [
-        str(Path(sysconfig.get_path("scripts")) / "weed"),
-        "-logtostderr=true",
-        "mini",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-master.telemetry=false",
-        "-admin.ui=false",
-        "-webdav=false",
-        f"-s3.port={port}",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        *(f"-{service}.port={number}" for service, number in services),
-        f"-s3.config={folder / 'accounts.json'}",
-        "-bucket=archive,output",
-    ]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "512MiB"})
-    try:
-        _wait_until_answering(f"http://127.0.0.1:{port}", server, folder / "log")
-        _wait_for_buckets(f"http://127.0.0.1:{port}", "archive", "output")
-        yield {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": KEY_ID,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-    finally:
-        server.kill()  # its data is temporary, and a gentle end takes it more than ten seconds
-        server.wait()
-
-
-def _write_s3_accounts(path: Path) -> None:
-    credentials = [{"accessKey": KEY_ID, "secretKey": SECRET}]
-    everything = ["Admin", "Read", "Write", "List", "Tagging"]
-    path.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": everything}]}))
-
-
-def _free_ports(number: int) -> list[int]:
-    """Ports that are free together with the one 10000 above, where SeaweedFS puts gRPC."""
-    found: list[int] = []
-    while len(found) < number:
-        port = random.SystemRandom().randrange(20_000, 45_000)
-        if port not in found and all(_is_free(candidate) for candidate in (port, port + 10_000)):
-            found.append(port)
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _wait_until_answering(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=5)
-        except urllib.error.HTTPError:
-            return  # 403: it is there, and wants credentials
-        except OSError:
-            assert server.poll() is None, f"SeaweedFS ended:\n{log.read_text()[-2000:]}"
-            time.sleep(0.2)
-    raise AssertionError(f"SeaweedFS does not answer:\n{log.read_text()[-2000:]}")
-
-
-def _wait_for_buckets(url: str, *buckets: str) -> None:
-    """The server answers some moments before it has made the buckets that it was told to."""
-    client = S3FileSystem(key=KEY_ID, secret=SECRET, endpoint_url=url, use_listings_cache=False)
-    for _ in range(300):
-        if all(client.exists(bucket) for bucket in buckets):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"SeaweedFS did not make the buckets {buckets}")
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server.environment
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Images in, masks out: cut, batch, engine, stitch. The only home of the modes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -49,6 +49,8 @@ class Predictor:
         self.config = config
         self.digest = digest
         self.tile_px = tile_px
+        self.on_forward: Callable[[], None] = lambda: None
+        """Called after every forward: a large image takes long, and this tells that it moves."""
 
     @classmethod
     def from_pretrained(
@@ -140,6 +142,7 @@ class Predictor:
             tiles_BHWC = np.stack([tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members])
             first = plans[members[0][0]].tiles[members[0][1]]
             masks_BHW, tile_stats = self.engine(tiles_BHWC, first.core_slices)
+            self.on_forward()
             for (n, t), mask_HW, tile_stat in zip(members, masks_BHW, tile_stats, strict=True):
                 cores[n][t] = mask_HW
                 stats[n].append((tile_stat, mask_HW.size))

@@ -1,11 +1,13 @@
 """Processes that die: a worker, a driver, a node, all at once; and images that kill whoever touches them."""
 
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,8 +21,8 @@ from tests.faults.invariants import assert_complete, rows_of
 from unetpp.checkpoint import digest, from_pretrained
 
 POISON = 201
-KILLS_ITS_WORKER = """
-import importlib.abc, importlib.machinery, os, signal, sys
+DOES_ITS_WORKER_HARM = """
+import importlib.abc, importlib.machinery, os, signal, sys, time
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -33,7 +35,7 @@ class Finder(importlib.abc.MetaPathFinder):
             forward = module.TorchEngine.__call__
             def poisoned(self, tiles_BHWC, core):
                 if (tiles_BHWC == {value}).all():
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    {deed}
                 return forward(self, tiles_BHWC, core)
             module.TorchEngine.__call__ = poisoned
         spec.loader.exec_module = exec_module
@@ -78,8 +80,18 @@ def model_digest(tiny_model: Path) -> str:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Programs started from here die of images that are POISON all over."""
+    _harm(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Programs started from here hang for ever at images that are POISON all over."""
+    _harm(monkeypatch, tmp_path, "time.sleep(1e6)")
+
+
+def _harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deed: str) -> None:
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(KILLS_ITS_WORKER.format(value=POISON))
+    (tmp_path / "site" / "sitecustomize.py").write_text(DOES_ITS_WORKER_HARM.format(value=POISON, deed=deed))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
 
 
@@ -141,6 +153,19 @@ def test_an_image_that_kills_its_driver_every_time_becomes_a_row(
     assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "crash"})
 
 
+def test_an_image_that_hangs_its_worker_every_time_becomes_a_row(
+    words, masks, hanging: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((40, 40, 3), POISON, np.uint8)).save(many_images / "13-poison.png")
+    process = run_unetpp(*words, "--stall-s", "24", "--decode-seconds", "4")
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == ExitCode.DONE_WITH_FAILED_IMAGES, err
+    keys = {*masks, "13-poison.png"}
+    assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "timeout"})
+    assert "in stage predict, after image '13-poison.png'; its worker was ended" in err
+    assert "shard 3: nothing moved for" in err
+
+
 @pytest.mark.parametrize("backend", ["inline", "ray"])
 def test_what_was_begun_when_asked_to_stop_is_committed(
     words, run_unetpp, model_digest: str, tmp_path: Path, backend: str
@@ -176,14 +201,14 @@ def test_asked_twice_a_run_stops_at_once(words, masks, run_unetpp, model_digest:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """A Ray cluster of two nodes of one CPU each, which this process is connected to."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster, which this process is connected to: its head does no work, a node of it one shard at a time."""
     import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
@@ -191,21 +216,34 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     cluster.shutdown()
 
 
-def _segment_in_a_thread(tiny_model: Path, many_images: Path, tmp_path: Path) -> Callable[[], PredictResult]:
-    """Start a run on the cluster, and return the function that waits for its result."""
-    config = PredictConfig(
-        model=str(tiny_model), input=str(many_images), output=str(tmp_path / "out"), shard_images=2, threads=1
-    )
-    results: list[PredictResult] = []
-    thread = threading.Thread(target=lambda: results.append(predict.run(config)))
-    thread.start()
+@pytest.fixture
+def longer(many_images: Path) -> Path:
+    """The images four times over: a run of them lasts until a node has come."""
+    for path in list(many_images.iterdir()):
+        for copy in range(3):
+            shutil.copy(path, many_images / f"{path.stem}-{copy}.png")
+    return many_images
 
-    def wait() -> PredictResult:
-        thread.join(300)
-        assert results, "the run did not end"
-        return results[0]
 
-    return wait
+@pytest.fixture
+def begin(tiny_model: Path, many_images: Path, tmp_path: Path) -> Callable[..., Callable[[], PredictResult]]:
+    """Function: begin a run on the cluster, in a thread; returns the function that waits for its result."""
+
+    def begin(**changed: Any) -> Callable[[], PredictResult]:
+        settings = {"model": str(tiny_model), "input": str(many_images), "output": str(tmp_path / "out")}
+        config = PredictConfig.model_validate(settings | {"shard_images": 2, "threads": 1} | changed)
+        results: list[PredictResult] = []
+        thread = threading.Thread(target=lambda: results.append(predict.run(config)))
+        thread.start()
+
+        def wait() -> PredictResult:
+            thread.join(300)
+            assert results, "the run did not end"
+            return results[0]
+
+        return wait
+
+    return begin
 
 
 def _wait_for_parts(output: Path, number: int) -> None:
@@ -214,24 +252,51 @@ def _wait_for_parts(output: Path, number: int) -> None:
         time.sleep(0.05)
 
 
+def _nodes_of_workers() -> set[str]:
+    """The nodes on which actors live or lived."""
+    import ray
+
+    return {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values() if actor["Address"]["NodeID"]}
+
+
 def test_a_node_that_goes_costs_only_its_shards_in_flight(
-    cluster, masks, model_digest: str, tiny_model: Path, many_images: Path, tmp_path: Path
+    cluster, longer: Path, begin, masks, model_digest: str, tmp_path: Path
 ) -> None:
     node = cluster.add_node(num_cpus=1)
-    wait = _segment_in_a_thread(tiny_model, many_images, tmp_path)
-    _wait_for_parts(tmp_path / "out", 3)
+    wait = begin()
+    _wait_for_parts(tmp_path / "out", 4)
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("part-*.parquet")}
     cluster.remove_node(node, allow_graceful=False)
     assert wait().exit_code == ExitCode.DONE
     assert_complete(str(tmp_path / "out"), model_digest, masks, masks=masks)
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
 
 
-def test_a_node_that_comes_takes_shards(
-    cluster, masks, model_digest: str, tiny_model: Path, many_images: Path, tmp_path: Path
-) -> None:
-    before = {node.unique_id for node in cluster.list_all_nodes()}
-    wait = _segment_in_a_thread(tiny_model, many_images, tmp_path)
+def test_a_node_that_comes_takes_shards(cluster, longer: Path, begin, masks, model_digest: str, tmp_path: Path) -> None:
+    wait = begin()
     _wait_for_parts(tmp_path / "out", 2)
-    cluster.add_node(num_cpus=2)
+    node = cluster.add_node(num_cpus=1)
     assert wait().exit_code == ExitCode.DONE
     assert_complete(str(tmp_path / "out"), model_digest, masks, masks=masks)
-    assert len(before) == 2
+    assert node.node_id in _nodes_of_workers()
+
+
+def test_without_any_worker_a_run_waits_for_one(cluster, begin, masks, model_digest: str, tmp_path: Path) -> None:
+    (node,) = [node for node in cluster.list_all_nodes() if not node.head]
+    wait = begin()
+    _wait_for_parts(tmp_path / "out", 2)
+    cluster.remove_node(node, allow_graceful=False)
+    time.sleep(10)
+    cluster.add_node(num_cpus=1)
+    assert wait().exit_code == ExitCode.DONE
+    assert_complete(str(tmp_path / "out"), model_digest, masks, masks=masks)
+
+
+def test_work_goes_to_the_nodes_of_a_label(cluster, begin, masks, model_digest: str, tmp_path: Path) -> None:
+    before = _nodes_of_workers()
+    labelled = cluster.add_node(num_cpus=1, labels={"pool": "segmentation"})
+    assert begin(node_labels=["pool=segmentation"])().exit_code == ExitCode.DONE
+    assert_complete(str(tmp_path / "out"), model_digest, masks, masks=masks)
+    (other,) = [node for node in cluster.list_all_nodes() if not node.head and node is not labelled]
+    assert labelled.node_id in _nodes_of_workers() - before
+    assert other.node_id not in _nodes_of_workers() - before

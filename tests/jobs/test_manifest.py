@@ -15,7 +15,7 @@ from jobs.table import Done
 from unetpp.errors import StorageError
 
 INCLUDE = ("*.png", "*.tif")
-NOTHING_DONE = Done(np.empty(0, "S16"), np.empty(0, bool), np.empty(0, np.int16))
+NOTHING_DONE = Done()
 
 
 def _plan(listing: list[StoredObject], shard_images: int = 4, done: Done = NOTHING_DONE, **more) -> Plan:
@@ -41,7 +41,9 @@ def test_images_are_chosen_by_key_in_any_case_and_folder() -> None:
 
 def test_what_is_done_is_left_out_and_counted() -> None:
     names = [identity("s", key, f"etag of {key}", 0, 0, 1, 0) for key in ("a.png", "b.png")]
-    done = Done(np.array(names, "S16"), np.array([True, False]), np.array([0, 2], np.int16))
+    done = Done()
+    done.add(np.array(names, "S16"), np.array([True, False]), np.array([0, 2], np.int16))
+    done.end_run()
     plan = _plan(_listed("a.png", "b.png", "c.png"), done=done)
     assert plan.table["key"].to_pylist() == ["b.png", "c.png"]
     assert plan.table["attempts"].to_pylist() == [2, 0]

@@ -189,7 +189,8 @@ def test_a_store_that_is_busy_for_a_moment_is_asked_again(flaky_server) -> None:
     assert len(flaky_server.requests) == 4  # busy, hung up, cut short, whole
 
 
-def test_retries_have_one_owner(flaky_server) -> None:
+def test_retries_have_one_owner(flaky_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.s3.MAX_ATTEMPTS", 4)
     flaky_server.last = _slow_down()
     with pytest.raises(StorageError, match="SlowDown"):
         storage.read_bytes("s3://bucket/key")

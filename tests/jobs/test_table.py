@@ -107,14 +107,14 @@ def test_lookup_agrees_with_a_dictionary(newest_first: list[tuple[int, bool, int
     oracle: dict[int, tuple[bool, int]] = {}
     for key, done, attempts in newest_first:
         oracle.setdefault(key, (done, attempts))
-    found = Done(
-        _identities(*(str(key) for key, _, _ in newest_first)),
-        np.array([done for _, done, _ in newest_first], bool),
-        np.array([attempts for _, _, attempts in newest_first], np.int16),
-    )
-    done, attempts = found.lookup(_identities(*map(str, range(40))))
-    answers = list(zip(done.tolist(), attempts.tolist(), strict=True))
-    assert answers == [oracle.get(key, (False, 0)) for key in range(40)]
+    found = Done()
+    for key, done, attempts in newest_first:  # each a run of its own
+        found.add(_identities(str(key)), np.array([done]), np.array([attempts], np.int16))
+        found.end_run()
+    settled, tries = found.lookup(_identities(*map(str, range(40))))
+    wanted = [oracle.get(key, (False, 0)) for key in range(40)]
+    assert settled.tolist() == [done for done, _ in wanted]
+    assert tries.tolist() == [0 if done else attempts for done, attempts in wanted]
 
 
 def test_read_masks_gives_the_newest_row_of_every_image(place: str, commit) -> None:
