@@ -1,7 +1,6 @@
 """Two ways to take a run's shards through `jobs.shard.Worker`: in this process, or on Ray."""
 
 import logging
-import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from jobs.sink import Footer
 from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
 from unetpp.predictor import Predictor
 
-MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
 START_S = 900
 """How long the first workers may take to start: longer than a node takes to come."""
 SILENT_STALLS = 4
@@ -23,8 +21,9 @@ SILENT_STALLS = 4
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = (AbandonedError, ConfigError, ModelError, StorageError)
-_STOPS: dict[str, type[UnetppError]] = {kind.__name__: kind for kind in _STOPPING}
+_STOPS: dict[str, type[UnetppError]] = {
+    kind.__name__: kind for kind in (AbandonedError, ConfigError, ModelError, StorageError)
+}
 
 
 def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Drain) -> Generator[Footer]:
@@ -39,8 +38,8 @@ def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Dra
 def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Footer]:
     """Shards on a pool of actors, footers as they come. One block a shard: Ray's task, retry and commit are one thing.
 
-    What a worker refuses to go on with (StorageError, ...) comes back as data and is raised here. A worker that dies is
-    restarted, a few times; then UnetppError. When told to drain, the shards that are not begun come to nothing.
+    What a worker refuses to go on with (StorageError, ...) comes back as data and is raised here. Ray restarts a worker
+    that dies, always; shards count how many they end. When told to drain, those that are not begun come to nothing.
     """
     num_cpus, num_workers = task.threads or 1, task.config.num_workers
 
@@ -60,25 +59,21 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         context.wait_for_min_actors_s = START_S
         context.execution_no_progress_timeout_s = SILENT_STALLS * task.config.stall_s or -1
         rows = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
-        with warnings.catch_warnings():
-            # Restarts can only be bounded through the keywords that Ray deprecates; its default is for ever.
-            warnings.simplefilter("ignore")
-            limits: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_TASK_RETRIES}
-            actor: Any = ShardActor
-            footers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                actor, fn_constructor_args=(task,), compute=compute, **per_actor, **limits
-            )
+        actor: Any = ShardActor
+        footers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            actor, fn_constructor_args=(task,), compute=compute, **per_actor
+        )
         try:
             for answer in footers.iter_rows():
                 if answer["stop"]:
-                    raise _STOPS[answer["stop"]](answer["text"])
+                    raise _STOPS.get(answer["stop"], UnetppError)(answer["text"])
                 if answer["text"]:
                     yield Footer.model_validate_json(answer["text"])
         except ray.exceptions.GetTimeoutError as error:
+            wanted = ", ".join(f"{name} {value}" for name, value in per_actor.items())
             raise UnetppError(
                 f"no worker of run {task.run} could start within {START_S} s: the cluster has no room for one with "
-                f"{', '.join(f'{name} {value}' for name, value in per_actor.items())}; make some, then the same command "
-                "goes on from here"
+                f"{wanted}; make some, then the same command goes on from here"
             ) from error
         except ExecutionTimeoutError as error:
             raise UnetppError(
@@ -88,8 +83,8 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
             ) from error
         except ray.exceptions.RayError as error:
             raise UnetppError(
-                f"Ray gave up on a shard of run {task.run} after its worker died {MAX_TASK_RETRIES + 1} times "
-                f"({type(error).__name__}): look for lack of memory; the same command goes on from here"
+                f"Ray gave up on run {task.run} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "the same command goes on from here"
             ) from error
         finally:
             for word in hints.words(task.hints_uri):
@@ -128,6 +123,6 @@ class ShardActor:
         """One shard: its footer, or why the run must stop; neither where the call is to end."""
         try:
             footer = self._worker(Shard(int(row["number"]), int(row["start"]), int(row["stop"])))
-        except _STOPPING as error:
+        except UnetppError as error:
             return {"stop": type(error).__name__, "text": str(error)}
         return {"stop": "", "text": "" if footer is None else footer.model_dump_json()}

@@ -1,10 +1,10 @@
 """Notes of a run that decide nothing: which shards are in flight, and that a call is to end.
 
 ```
-<output>/runs/<run id>/hints/shard-00007.<uuid>      put before the shard is begun, removed at its end; where it hung
-<output>/runs/<run id>/hints/stop.<call>             the call's driver wants no more shards begun
+<output>/runs/<run id>/hints/shard-00007.<call>.<uuid>   put before the shard is begun, removed at its end
+<output>/runs/<run id>/hints/stop.<call>                 the call's driver wants no more shards begun
 ```
-A shard's note that stays tells that its worker was killed over it.
+A shard's note that stays tells that its worker died over it; one that hung adds where.
 """
 
 import contextlib
@@ -25,21 +25,24 @@ class Seen(NamedTuple):
     """The call is to end."""
     num_tries: int
     """Workers that began the shard and neither ended it nor gave it up: dead ones, or another driver's."""
+    num_tries_of_call: int
+    """Those of this call."""
 
 
 def look(hints_uri: str, call: str, shard: int) -> Seen:
     """Read the notes: one listing, of as many notes as there are shards in flight."""
     names = [found.key for found in storage.list_objects(hints_uri, missing_ok=True)]
-    return Seen(f"stop.{call}" in names, sum(name.startswith(f"shard-{shard:05d}.") for name in names))
+    tries = [name for name in names if name.startswith(f"shard-{shard:05d}.")]
+    return Seen(f"stop.{call}" in names, len(tries), sum(name.split(".")[1] == call for name in tries))
 
 
 @contextlib.contextmanager
-def in_flight(hints_uri: str, shard: int) -> Iterator[Callable[[str], None]]:
+def in_flight(hints_uri: str, call: str, shard: int) -> Iterator[Callable[[str], None]]:
     """Inside the block the shard is noted as begun; only a killed process leaves the note.
 
     Yields a function that adds a word to the note, for whoever looks why.
     """
-    uri = storage.join(hints_uri, f"shard-{shard:05d}.{uuid.uuid4().hex}")
+    uri = storage.join(hints_uri, f"shard-{shard:05d}.{call}.{uuid.uuid4().hex}")
     owner = f"{socket.gethostname()} {os.getpid()}"
     storage.write_bytes(uri, owner.encode())
     try:

@@ -27,7 +27,7 @@ from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
-from unetpp.errors import ImageError, ModelError, StorageError
+from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
 from unetpp.images import decode_mask, encode_mask
 from unetpp.predictor import Image, Prediction, Predictor
 
@@ -37,6 +37,8 @@ BATCH_PIXELS = 16_000_000
 TELLING_S = 20.0
 MAX_TRIES = 2
 """Workers that may die over a shard before its images are predicted behind a guard."""
+MAX_TRIES_OF_CALL = 8
+"""Workers of one call that may die over a shard; a node that goes takes several tries with it."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,10 @@ class Worker:
         return predictor
 
     def __call__(self, shard: Shard) -> Footer | None:
-        """Do one shard; nothing but a look where it is committed already. None where the call is to end."""
+        """Do one shard; nothing but a look where it is committed already. None where the call is to end.
+
+        UnetppError where it ended too many workers.
+        """
         uri = self.task.part_uri(shard.number)
         if storage.exists(uri):
             with storage.arrow(uri) as (filesystem, path):
@@ -251,8 +256,13 @@ class Worker:
         seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
         if seen.is_stopped:
             return None
+        if seen.num_tries_of_call >= MAX_TRIES_OF_CALL:
+            raise UnetppError(
+                f"shard {shard.number} of run {self.task.run} ended {seen.num_tries_of_call} workers, even image by "
+                "image: look for lack of memory where they run; the same command goes on from here"
+            )
         with (
-            hints.in_flight(self.task.hints_uri, shard.number) as leave_word,
+            hints.in_flight(self.task.hints_uri, self.task.call, shard.number) as leave_word,
             watching(self.task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
             self._predictor_after(seen.num_tries) as predictor,
         ):

@@ -34,7 +34,7 @@ class Finder(importlib.abc.MetaPathFinder):
             run(module)
             forward = module.TorchEngine.__call__
             def poisoned(self, tiles_BHWC, core):
-                if (tiles_BHWC == {value}).all():
+                if {condition}:
                     {deed}
                 return forward(self, tiles_BHWC, core)
             module.TorchEngine.__call__ = poisoned
@@ -89,9 +89,11 @@ def hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _harm(monkeypatch, tmp_path, "time.sleep(1e6)")
 
 
-def _harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deed: str) -> None:
+def _harm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deed: str, condition: str = f"(tiles_BHWC == {POISON}).all()"
+) -> None:
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DOES_ITS_WORKER_HARM.format(value=POISON, deed=deed))
+    (tmp_path / "site" / "sitecustomize.py").write_text(DOES_ITS_WORKER_HARM.format(condition=condition, deed=deed))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
 
 
@@ -226,6 +228,12 @@ def longer(many_images: Path) -> Path:
 
 
 @pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Programs started from here take some time for an image."""
+    _harm(monkeypatch, tmp_path, "time.sleep(0.3)", "True")
+
+
+@pytest.fixture
 def begin(tiny_model: Path, many_images: Path, tmp_path: Path) -> Callable[..., Callable[[], PredictResult]]:
     """Function: begin a run on the cluster, in a thread; returns the function that waits for its result."""
 
@@ -260,7 +268,7 @@ def _nodes_of_workers() -> set[str]:
 
 
 def test_a_node_that_goes_costs_only_its_shards_in_flight(
-    cluster, longer: Path, begin, masks, model_digest: str, tmp_path: Path
+    longer: Path, masks, slow: None, cluster, begin, model_digest: str, tmp_path: Path
 ) -> None:
     node = cluster.add_node(num_cpus=1)
     wait = begin()
@@ -272,7 +280,9 @@ def test_a_node_that_goes_costs_only_its_shards_in_flight(
     assert {path: path.stat().st_mtime_ns for path in parts} == parts
 
 
-def test_a_node_that_comes_takes_shards(cluster, longer: Path, begin, masks, model_digest: str, tmp_path: Path) -> None:
+def test_a_node_that_comes_takes_shards(
+    longer: Path, masks, slow: None, cluster, begin, model_digest: str, tmp_path: Path
+) -> None:
     wait = begin()
     _wait_for_parts(tmp_path / "out", 2)
     node = cluster.add_node(num_cpus=1)
@@ -281,7 +291,9 @@ def test_a_node_that_comes_takes_shards(cluster, longer: Path, begin, masks, mod
     assert node.node_id in _nodes_of_workers()
 
 
-def test_without_any_worker_a_run_waits_for_one(cluster, begin, masks, model_digest: str, tmp_path: Path) -> None:
+def test_without_any_worker_a_run_waits_for_one(
+    masks, slow: None, cluster, begin, model_digest: str, tmp_path: Path
+) -> None:
     (node,) = [node for node in cluster.list_all_nodes() if not node.head]
     wait = begin()
     _wait_for_parts(tmp_path / "out", 2)
