@@ -51,10 +51,10 @@ def run(config: PredictConfig, *, parent: str | None = None, only: tuple[str, ..
         result = call.stopped("interrupted", int(ExitCode.INTERRUPTED), sentence)
     except UnetppError as error:
         failed = call.stopped("failed", exit_code(error), str(error))
-        with contextlib.suppress(UnetppError):  # the first error is the one to tell
-            _write_result(config, failed)
+        if config.result is not None:
+            with contextlib.suppress(UnetppError):  # the first error is the one to tell
+                storage.write_bytes(config.result, failed.model_dump_json(indent=2).encode())
         raise
-    _write_result(config, result)
     return result
 
 
@@ -224,11 +224,6 @@ class _Call:
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._started
-
-
-def _write_result(config: PredictConfig, result: PredictResult) -> None:
-    if config.result is not None:
-        storage.write_bytes(config.result, result.model_dump_json(indent=2).encode())
 
 
 if __name__ == "__main__":

@@ -27,21 +27,15 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionClosedError,
-    ConnectionError,
-    CredentialRetrievalError,
-    EndpointConnectionError,
     FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
     ProfileNotFound,
 )
 from botocore.parsers import ResponseParserError
-from fsspec.asyn import FSTimeoutError, sync
+from fsspec.asyn import sync
 from s3fs import S3FileSystem
 from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 
+from jobs.s3_errors import TRANSPORT_ERRORS, Corrupt, Damaged, Refused, no_answer, no_credentials, storage_error
 from unetpp.errors import ConfigError, ImageError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -54,8 +48,6 @@ MAX_ATTEMPTS, RETRY_SECONDS, MAX_WAIT_S = 9, 120.0, 20.0
 SILENT_TRIES = DAMAGED_TRIES = 4
 MIN_GAP_S, MAX_GAP_S = 0.01, 1.0
 NUM_CONNECTIONS = 32
-
-_CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
 class _Client(S3FileSystem):
@@ -118,20 +110,20 @@ class S3:
                 raise ConnectionClosedError(endpoint_url=uri) from error
             if (why := _damage(response, content)) is not None:
                 num_damaged += 1
-                raise _Damaged(why) if num_damaged < DAMAGED_TRIES else _Corrupt(why)
+                raise Damaged(why) if num_damaged < DAMAGED_TRIES else Corrupt(why)
             return content
 
         try:
             return self._retried(uri, get)
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 412:
                 raise ImageError("changed", f"{uri} was replaced after it was listed; the next run takes it") from None
             if refused.code == "NoSuchKey":
                 if etag is None:
                     raise FileNotFoundError(f"there is no object {uri}") from None
                 raise ImageError("gone", f"{uri} was deleted after it was listed") from None
-            raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
-        except (FlexibleChecksumError, _Corrupt) as error:
+            raise storage_error(uri, split(uri)[0], self.endpoint, refused) from refused.__cause__
+        except (FlexibleChecksumError, Corrupt) as error:
             if etag is None:
                 raise StorageError(f"{uri} arrives damaged again and again: {error}") from None
             raise ImageError("integrity", f"{uri} arrives damaged again and again: {error}") from None
@@ -149,10 +141,10 @@ class S3:
                 uri,
                 lambda: self._client._call_s3("put_object", Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"),
             )
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 412:
                 return False
-            raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
+            raise storage_error(uri, split(uri)[0], self.endpoint, refused) from refused.__cause__
         return True
 
     def delete(self, uri: str) -> None:
@@ -176,10 +168,10 @@ class S3:
         bucket, key = split(uri)
         try:
             return self._retried(uri, lambda: self._client._call_s3("head_object", Bucket=bucket, Key=key))
-        except _Refused as refused:
+        except Refused as refused:
             if refused.status == 404:
                 return None
-            raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
+            raise storage_error(uri, split(uri)[0], self.endpoint, refused) from refused.__cause__
 
     @property
     def endpoint(self) -> str:
@@ -192,7 +184,7 @@ class S3:
         ours = url.hostname is not None and not url.hostname.endswith(("amazonaws.com", "amazonaws.com.cn"))
         credentials = sync(self._client.loop, self._frozen_credentials)
         if credentials is None:
-            raise StorageError(_no_credentials(uri))
+            raise StorageError(no_credentials(uri))
         return pyarrow.fs.S3FileSystem(
             access_key=credentials.access_key,
             secret_key=credentials.secret_key,
@@ -213,17 +205,17 @@ class S3:
     def _call(self, uri: str, operation: str, **arguments: object) -> dict[str, Any]:
         try:
             return self._retried(uri, lambda: self._client._call_s3(operation, **arguments))
-        except _Refused as refused:
-            raise _storage_error(uri, self.endpoint, refused) from refused.__cause__
+        except Refused as refused:
+            raise storage_error(uri, split(uri)[0], self.endpoint, refused) from refused.__cause__
 
     def _retried(self, uri: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Run `call` on the client's loop. _Refused where the store says no; StorageError where it says nothing."""
+        """Run `call` on the client's loop. Refused where the store says no; StorageError where it says nothing."""
         num_silent = 0
 
         def may_pass(error: Exception) -> bool:
             nonlocal num_silent
             num_silent += 1
-            self._has_answered |= _Refused.of(error) is not None
+            self._has_answered |= Refused.of(error) is not None
             # An endpoint that never answered is a wrong address more often than an outage: say so within seconds.
             return self._may_pass(error) and (self._has_answered or num_silent < SILENT_TRIES)
 
@@ -242,18 +234,18 @@ class S3:
                     self._pace.succeeded()
             self._has_answered = True
             return answer
-        except (FlexibleChecksumError, _Corrupt):
+        except (FlexibleChecksumError, Corrupt):
             raise
         except (OSError, ClientError, BotoCoreError, ResponseParserError, ValueError) as error:
-            if (refused := _Refused.of(error)) is not None:
+            if (refused := Refused.of(error)) is not None:
                 self._has_answered = True
                 raise refused from error
-            raise _no_answer(uri, error) from error
+            raise no_answer(uri, error) from error
 
     def _may_pass(self, error: Exception) -> bool:
         """Transport errors, 5xx, throttling, and 409: two conditional writes of one name at one moment."""
-        if (refused := _Refused.of(error)) is None:
-            return isinstance(error, _TRANSPORT_ERRORS)
+        if (refused := Refused.of(error)) is None:
+            return isinstance(error, TRANSPORT_ERRORS)
         if refused.status in (429, 503) or refused.code == "SlowDown":
             self._pace.throttled()
         return refused.status >= 500 or refused.status in (409, 429) or refused.code in ("SlowDown", "RequestTimeout")
@@ -288,97 +280,12 @@ class _Pace:
             self._gap_s = self._gap_s * 0.95 if self._gap_s > MIN_GAP_S / 10 else 0.0
 
 
-class _Damaged(Exception):
-    """A body is not what was stored; the next one may be."""
-
-
-class _Corrupt(Exception):
-    """Body after body is not what was stored."""
-
-
-_TRANSPORT_ERRORS = (
-    ConnectionError,
-    HTTPClientError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ResponseParserError,
-    FSTimeoutError,
-    TimeoutError,
-    _Damaged,
-)
-
-
-class _Refused(Exception):
-    """The store answered, and not with what was asked for."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(status, code, message)
-        self.status, self.code, self.message = status, code, message
-
-    @classmethod
-    def of(cls, error: BaseException) -> "_Refused | None":
-        answer = error if isinstance(error, ClientError) else error.__cause__
-        if not isinstance(answer, ClientError):
-            return None
-        body = answer.response.get("Error", {})
-        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return cls(int(status), str(body.get("Code", "")), str(body.get("Message", "")))
-
-
 def _say_retry(details: RetryDetails) -> None:
     logger.info("%s: next try in %.1f s", type(details.caused_by).__name__, details.wait_for)
     logger.debug("%s", details.caused_by)
 
 
 set_on_retry_hooks([_say_retry])
-
-
-def _storage_error(uri: str, endpoint: str, refused: _Refused) -> StorageError:
-    bucket = split(uri)[0]
-    if refused.code == "NoSuchBucket" or (refused.status == 404 and not refused.code.startswith("NoSuchKey")):
-        return StorageError(
-            f"there is no bucket {bucket!r} at {endpoint} (wanted for {uri}): check its name, or create it"
-        )
-    said = f"{refused.status} {refused.code}".strip() + (f", {refused.message}" if refused.message else "")
-    if refused.code in _CREDENTIAL_CODES:
-        return StorageError(
-            f"{endpoint} does not accept the credentials for {uri} ({said}): check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
-        )
-    if refused.code == "RequestTimeTooSkewed":
-        return StorageError(f"{endpoint} refuses {uri} since this machine's clock is wrong ({said}): set the clock")
-    if refused.status in (401, 403):
-        return StorageError(
-            f"{endpoint} forbids access to {uri} ({said}): check the credentials, and what they may read and write"
-        )
-    if refused.status >= 500 or refused.status in (409, 429):
-        return StorageError(f"{endpoint} kept failing for {uri} ({said}): try again when it is well; nothing is lost")
-    return StorageError(f"{endpoint} refuses {uri} ({said})")
-
-
-def _no_answer(uri: str, error: Exception) -> Exception:
-    match error:
-        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
-            return StorageError(_no_credentials(uri))
-        case ProfileNotFound():
-            return ConfigError(f"{error}: correct AWS_PROFILE, or add the profile to the AWS config file")
-        case EndpointConnectionError():
-            address = urlsplit(error.kwargs.get("endpoint_url", ""))
-            return StorageError(
-                f"no answer from {address.scheme}://{address.netloc} (for {uri}): "
-                "check AWS_ENDPOINT_URL and the network"
-            )
-        case ValueError():
-            return ConfigError(f"{uri}: {error}; check AWS_ENDPOINT_URL and the bucket's name")
-        case _:
-            return StorageError(
-                f"{uri}: the connection failed again and again ({type(error).__name__}: {error}); try again once the "
-                "store is well; nothing is lost"
-            )
-
-
-def _no_credentials(uri: str) -> str:
-    return f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
 def split(uri: str) -> tuple[str, str]:
