@@ -159,8 +159,8 @@ def test_an_image_that_hangs_its_worker_every_time_becomes_a_row(
     words, masks, hanging: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(np.full((40, 40, 3), POISON, np.uint8)).save(many_images / "13-poison.png")
-    process = run_unetpp(*words, "--stall-s", "24", "--decode-seconds", "4")
-    _, err = process.communicate(timeout=400)
+    process = run_unetpp(*words, "--stall-s", "48", "--decode-seconds", "8")
+    _, err = process.communicate(timeout=500)
     assert process.returncode == ExitCode.DONE_WITH_FAILED_IMAGES, err
     keys = {*masks, "13-poison.png"}
     assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "timeout"})
