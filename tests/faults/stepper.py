@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from jobs import storage
+from jobs.lease import Owner
 
 OPERATIONS = ("list_objects", "read_bytes", "write_bytes", "put_if_absent", "delete", "exists", "arrow")
 
@@ -54,8 +55,13 @@ class Stepper:
 
 @contextmanager
 def stepped(stepper: Stepper) -> Iterator[Stepper]:
-    """Inside the block the storage calls of this thread, and of the pools that it starts, go through `stepper`."""
+    """Inside the block storage calls go through `stepper`, and leases name a process that is gone.
+
+    So whoever comes after a stopped run need not wait until its lease is over, as after a real kill on the same host.
+    """
+    gone = Owner.this_process().model_copy(update={"started_at": 0.0})
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Owner, "this_process", lambda: gone)
         for name in OPERATIONS:
             operation = getattr(storage, name)
             patch.setattr(storage, name, lambda *args, _of=operation, **options: stepper.call(_of, *args, **options))
