@@ -64,11 +64,13 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
             actor, fn_constructor_args=(task,), compute=compute, **per_actor
         )
         try:
-            for answer in footers.iter_rows():
-                if answer["stop"]:
-                    raise _STOPS.get(answer["stop"], UnetppError)(answer["text"])
-                if answer["text"]:
-                    yield Footer.model_validate_json(answer["text"])
+            # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
+            for answers in footers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for answer in answers.to_pylist():
+                    if answer["stop"]:
+                        raise _STOPS.get(answer["stop"], UnetppError)(answer["text"])
+                    if answer["text"]:
+                        yield Footer.model_validate_json(answer["text"])
         except ray.exceptions.GetTimeoutError as error:
             wanted = ", ".join(f"{name} {value}" for name, value in per_actor.items())
             raise UnetppError(
