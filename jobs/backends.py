@@ -65,6 +65,7 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         )
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
+            answers: Any
             for answers in footers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for answer in answers.to_pylist():
                     if answer["stop"]:

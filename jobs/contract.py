@@ -298,6 +298,25 @@ class PredictConfig(PredictOptions):
     partial_ok: bool = Field(False, description="exit 0 although some images failed")
     result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
 
+    def output_fingerprint(self) -> str:
+        """What must be equal for two calls to do the same work: everything that changes the output."""
+        changes_nothing = {
+            "result",
+            "partial_ok",
+            "backend",
+            "num_workers",
+            "node_labels",
+            "threads",
+            "decode_seconds",
+            "decode_memory_mb",
+            "max_failed_share",
+            "lease_s",
+            "drain_s",
+            "stall_s",
+            "single_writer",
+        }
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
+
 
 class PredictResult(Frozen):
     """What a `predict` call did, all its runs together.
@@ -462,6 +481,26 @@ class ForgetResult(Frozen):
     key: str
     num_rows: int
     runs: tuple[str, ...]
+
+
+class RollbackConfig(Frozen):
+    """Make the model that was current before this one current again."""
+
+    models: str = Field(
+        description="where models live: <digest>/ and current-<number>.json",
+        json_schema_extra={"positional": True},
+    )
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class RollbackResult(Frozen):
+    """Which model is current now."""
+
+    number: int
+    digest: str
+    level: Level
+    model_uri: str
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------------ synth

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import registry
-from flows.registry import CurrentModel
+from jobs import registry
+from jobs.registry import CurrentModel
 from unetpp.errors import StorageError
 
 
