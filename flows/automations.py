@@ -1,4 +1,4 @@
-"""What the server does by itself about nights: infra/prefect/automations.yaml, applied by name, so as often as liked."""
+"""What the server does by itself about nights: infra/prefect/automations.yaml, applied by name, as often as liked."""
 
 import os
 from pathlib import Path

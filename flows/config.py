@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, Field, model_validator
 
 from flows.nights import MINUTES_A_DAY
-from jobs.contract import PredictOptions, TrainOptions
+from jobs.contract import BACKFILL_IMAGES, ON_NEW_MODEL, OnNewModel, PredictOptions, TrainOptions
 from unetpp.config import Frozen
 
 
@@ -66,6 +66,8 @@ class ArchiveFlowConfig(FlowOptions):
     input: str = Field(description="folder or s3:// prefix of images; {night} in it becomes the night's date")
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     predict: PredictOptions = PredictOptions()
+    on_new_model: OnNewModel = Field("new_only", description=ON_NEW_MODEL)
+    backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
     night: date | None = Field(
         None, description="the night whose work this is, from noon of that day; default: by the scheduled start"
     )

@@ -41,7 +41,7 @@ class RayJobs:
         response = self._ask("GET", "/api/version")
         try:
             version = str(response.json()["ray_version"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.where} answers, but is no Ray dashboard: check RAY_API_SERVER_ADDRESS") from None
         if version.split(".")[:2] != RAY_VERSION.split("."):
             raise ConfigError(

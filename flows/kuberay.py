@@ -123,8 +123,8 @@ class KubeRayJobs:
                 return None
             if error.status in (401, 403):
                 raise ConfigError(
-                    f"Kubernetes refuses {verb.split('_')[0]} of rayjobs in {self._namespace}: give the service account "
-                    "the role of infra/kuberay/namespace.yaml"
+                    f"Kubernetes refuses {verb.split('_')[0]} of rayjobs in {self._namespace}: give the service "
+                    "account the role of infra/kuberay/namespace.yaml"
                 ) from None
             if error.status in (400, 422):
                 raise ConfigError(f"Kubernetes refuses the RayJob: {error.body}") from None

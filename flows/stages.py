@@ -209,6 +209,8 @@ def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
         model=registry.model_uri(config.models, model.digest),
         input=config.input.replace("{night}", f"{night[:4]}-{night[4:6]}-{night[6:8]}"),
         output=config.output,
+        on_new_model=config.on_new_model,
+        backfill_images=config.backfill_images,
         partial_ok=True,  # failed images are rows and counts, not a failed night
         **dict(config.predict),
     )

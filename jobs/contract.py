@@ -289,12 +289,22 @@ class PredictOptions(Frozen):
         return self
 
 
+OnNewModel = Literal["new_only", "backfill", "all"]
+ON_NEW_MODEL = (
+    "what is done of images that older models have done: new_only leaves them, backfill does backfill_images of them "
+    "again, all does every one"
+)
+BACKFILL_IMAGES = "images of older models that one call, with on_new_model backfill, does again"
+
+
 class PredictConfig(PredictOptions):
     """Segment every image of an archive; run it again to do what is new."""
 
     model: str = Field(description="model folder or URI")
     input: str = Field(description="folder or s3:// prefix of images")
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
+    on_new_model: OnNewModel = Field("all", description=ON_NEW_MODEL)
+    backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
     partial_ok: bool = Field(False, description="exit 0 although some images failed")
     result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
 
