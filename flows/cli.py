@@ -30,7 +30,7 @@ def run_command_line(words: list[str]) -> int:
     submit = new_app("submit", "Send a job to a Ray cluster, follow it there, stop it with Ctrl-C.")
     for name, config_class in JOBS.items():
         add_command(submit, name, config_class, partial(_submit, name), SUBMIT_SWITCHES)
-    app.command(submit, sort_key=len(list(app)))
+    app.command(submit)
     add_command(app, "doctor", DoctorConfig, _doctor)
     return run_app(app, words)
 

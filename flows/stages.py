@@ -279,7 +279,7 @@ def _once(
     again = config.again
     command = write_command(stage, job.model_copy(update={"result": result_uri}))
     metadata = {"night": night or "", "flow_run": runtime.flow_run.id or ""}
-    for _ in range(ray_jobs.MAX_ATTEMPTS):
+    for _ in range(ray_jobs.MAX_ATTEMPTS + 1):  # `ensure` ends it, where the cluster remembers
         submission = ray_jobs.ensure(
             backend,
             name,
@@ -303,8 +303,9 @@ def _once(
         if not backend.survives:
             assert status is not None
             raise JobError(submission.submission_id, status.exit_code, backend.log(submission.submission_id)[-4000:])
-        logger.warning("%s: %s ended unfinished (%s)", stage, submission.submission_id, status or "lost")
-    raise JobError(name, None, f"it was lost {ray_jobs.MAX_ATTEMPTS} times: look after the cluster at {backend.where}")
+        if status is None:
+            logger.warning("%s: %s was lost, its cluster does not know it any more", stage, submission.submission_id)
+    raise JobError(name, None, f"lost {ray_jobs.MAX_ATTEMPTS} times: look after the cluster at {backend.where}")
 
 
 def _follow(

@@ -3,7 +3,7 @@
 SeaweedFS (S3), a Ray head with token authentication and two nodes, a Prefect server with a password and a worker, all
 on loopback, with everything they store in one folder. `<folder>/environment` has what a shell needs to talk to them.
 
-    python -m infra.cluster up   [--folder cluster] [--base-port 18000]
+    python -m infra.cluster up   [--folder cluster] [--base-port 21000]
     python -m infra.cluster down [--folder cluster]
 """
 
@@ -34,7 +34,7 @@ START_S = 180
 class Site:
     """The servers of one folder. Each is a process group of its own, known by a file with its process id."""
 
-    def __init__(self, folder: Path, base_port: int = 18000) -> None:
+    def __init__(self, folder: Path, base_port: int = 21000) -> None:
         self.folder = folder.resolve()
         known = self.folder / "site.json"
         if known.exists():
@@ -43,7 +43,20 @@ class Site:
         self.ports = {
             name: base_port + number
             for number, name in enumerate(
-                ("s3", "master", "filer", "volume", "admin", "prefect", "dashboard", "gcs", "agent", "agent1", "agent2")
+                (
+                    "s3",
+                    "master",
+                    "filer",
+                    "volume",
+                    "admin",
+                    "prefect",
+                    "dashboard",
+                    "gcs",
+                    "client",
+                    "agent",
+                    "agent1",
+                    "agent2",
+                )
             )
         }
         self.s3_url = f"http://127.0.0.1:{self.ports['s3']}"
@@ -119,8 +132,10 @@ class Site:
             f"--port={self.ports['gcs']}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.ports['dashboard']}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
             f"--dashboard-agent-listen-port={self.ports['agent']}",
-            "--ray-client-server-port=0",
+            f"--ray-client-server-port={self.ports['client']}",
             f"--temp-dir={self._ray_folder()}",
             "--object-store-memory=200000000",
         ]
@@ -134,6 +149,8 @@ class Site:
             *("ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
             f"--address=127.0.0.1:{self.ports['gcs']}",
             "--node-ip-address=127.0.0.1",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
             f"--dashboard-agent-listen-port={self.ports[f'agent{number}']}",
             "--object-store-memory=200000000",
         ]
@@ -315,11 +332,11 @@ class Site:
 
 
 def free_base_port() -> int:
-    """A port that begins a row of free ones, as is what SeaweedFS adds 10000 to."""
-    for base in range(18000, 30000, 100):
-        if all(_is_free(base + number) and _is_free(base + 10_000 + number) for number in range(12)):
+    """A port that begins a row of free ones; those 10000 above, where SeaweedFS puts gRPC, are free too."""
+    for base in range(21000, 22700, 20):
+        if all(_is_free(base + number) and _is_free(base + 10_000 + number) for number in range(13)):
             return base
-    raise SystemExit("there are no free ports between 18000 and 30000")
+    raise SystemExit("there are no free ports between 21000 and 22700")
 
 
 def _is_free(port: int) -> bool:
