@@ -14,7 +14,7 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ValidationError
 
-from flows import publish, ray_jobs
+from flows import lineage, publish, ray_jobs
 from flows.backends import backend_of
 from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
 from flows.nights import night_of
@@ -189,6 +189,7 @@ def predict_stage(config: ArchiveFlowConfig, night: str, until: float) -> Predic
     predicted = _once(config, "predict", spec, job, PredictResult, job.output, _has_masks, until, night, watch)
     if predicted.status in ("interrupted", "failed"):  # a record of a job that was stopped is no end
         raise JobError("predict", predicted.exit_code, predicted.message)
+    lineage.publish_lineage(job, predicted)
     report_uri = predicted.report_uri or _newest_report(storage.canonical(config.output))
     return predicted.model_copy(update={"report_uri": report_uri})
 

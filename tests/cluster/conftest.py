@@ -1,4 +1,4 @@
-"""A whole site for the tests: a real Prefect server and worker, a Ray cluster with a token, SeaweedFS, all on loopback."""
+"""A whole site for the tests: a real Prefect server and worker, a Ray cluster with a token, SeaweedFS; on loopback."""
 
 import os
 import subprocess
