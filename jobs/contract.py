@@ -67,7 +67,7 @@ class TrainOptions(Frozen):
     seed: int = Field(0, description="of the first weights, the crops and their augmentation")
     num_workers: Annotated[int, Field(ge=1)] = Field(1, description="processes that share every batch")
     threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads a worker; default: the machine's cores shared out"
+        None, description="CPU threads a worker; default: its share of a node's CPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
