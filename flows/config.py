@@ -51,6 +51,10 @@ class TrainFlowConfig(FlowOptions):
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
 
 
+DATE = {"pattern": r"^\d{4}-\d{2}-\d{2}$"}
+"""For Prefect's server, which knows patterns and no formats."""
+
+
 def _known_zone(name: str) -> str:
     try:
         ZoneInfo(name)
@@ -69,7 +73,9 @@ class ArchiveFlowConfig(FlowOptions):
     on_new_model: OnNewModel = Field("new_only", description=ON_NEW_MODEL)
     backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
     night: date | None = Field(
-        None, description="the night whose work this is, from noon of that day; default: by the scheduled start"
+        None,
+        description="the night whose work this is, from noon of that day; default: by the scheduled start",
+        json_schema_extra=DATE,
     )
     timezone: Annotated[str, AfterValidator(_known_zone)] = Field("UTC", description="where nights are nights")
     period_minutes: Annotated[int, Field(ge=1, le=MINUTES_A_DAY)] = Field(
@@ -84,8 +90,8 @@ class NightlyConfig(TrainFlowConfig, ArchiveFlowConfig):
 class BackfillConfig(ArchiveFlowConfig):
     """Segment the archive of every night of a range, one night after the other."""
 
-    first: date = Field(description="the first night")
-    last: date = Field(description="the last night")
+    first: date = Field(description="the first night", json_schema_extra=DATE)
+    last: date = Field(description="the last night", json_schema_extra=DATE)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

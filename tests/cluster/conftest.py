@@ -1,6 +1,7 @@
 """A whole site for the tests: a real Prefect server and worker, a Ray cluster with a token, SeaweedFS; on loopback."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,8 @@ class Nights:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # What a shell starts in the background ignores Ctrl-C, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
 
@@ -189,7 +192,7 @@ def labelled(site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def archive_config(models: str, nuclei: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """An archive flow over the nuclei, with an output of the test's own; about half a minute of work."""
-    name = request.node.name.replace("[", "-").replace("]", "")[:60]
+    name = request.node.name.replace("[", "-").replace("]", "")[-60:].strip("-_")
     return {
         "models": models,
         "input": nuclei,

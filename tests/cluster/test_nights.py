@@ -67,7 +67,9 @@ def night_config(labelled: str, nuclei: str) -> Config:
 def scheduled_night(nights: Nights, night_config: Config) -> Iterator[dict[str, Any]]:
     """The flow run that a schedule, a minute ahead, has started by itself, and its end."""
     deployment = nights.deployment("nightly")
-    due = datetime.now(UTC) + timedelta(seconds=75)
+    due = (datetime.now(UTC) + timedelta(seconds=135)).replace(
+        second=0
+    )  # at least a minute ahead: it is looked for so often
     schedule = {
         "active": True,
         "slug": "test",
@@ -77,11 +79,14 @@ def scheduled_night(nights: Nights, night_config: Config) -> Iterator[dict[str, 
     nights.ask("POST", f"/deployments/{deployment['id']}/schedules", json=[schedule])
 
     def started() -> list[dict[str, Any]]:
-        wanted = {"deployment_id": {"any_": [deployment["id"]]}, "expected_start_time": {"before_": f"{due:%FT%TZ}"}}
+        wanted = {
+            "deployment_id": {"any_": [deployment["id"]]},
+            "expected_start_time": {"before_": f"{due + timedelta(seconds=1):%FT%TZ}"},
+        }
         found: list[dict[str, Any]] = nights.ask("POST", "/flow_runs/filter", json={"flow_runs": wanted})
         return [run for run in found if run["auto_scheduled"] and run["state_type"] != "SCHEDULED"]
 
-    wait_for(started, 240)
+    wait_for(started, 300)
     (run,) = started()
     nights.ended(run["id"], 400)
     yield nights.flow_run(run["id"])
