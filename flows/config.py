@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.config import JsonDict
 
 from flows.nights import MINUTES_A_DAY
 from jobs.contract import BACKFILL_IMAGES, ON_NEW_MODEL, OnNewModel, PredictOptions, TrainOptions
@@ -51,7 +52,7 @@ class TrainFlowConfig(FlowOptions):
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
 
 
-DATE = {"pattern": r"^\d{4}-\d{2}-\d{2}$"}
+DATE: JsonDict = {"pattern": r"^\d{4}-\d{2}-\d{2}$"}
 """For Prefect's server, which knows patterns and no formats."""
 
 
