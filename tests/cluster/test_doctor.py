@@ -102,7 +102,7 @@ def nothing(nights: Nights) -> Iterator[None]:
         (a_paused_pool, [], {}, "work pool", "prefect work-pool resume unetpp"),
         (nothing, ["--work-pool", "elsewhere"], {}, "work pool", "python -m flows.deploy"),
         (a_deployment_that_is_paused, [], {}, "deployments", "prefect deployment resume train/train"),
-        (nothing, ["--deployments", "nightly,yearly"], {}, "deployments", "missing: yearly"),
+        (nothing, ["--deployments", "yearly"], {}, "deployments", "missing: yearly"),
         (a_missing_automation, [], {}, "automations", "missing: unetpp-late"),
     ],
 )
