@@ -33,11 +33,9 @@ class FlowOptions(Frozen):
     )
 
 
-class TrainFlowConfig(FlowOptions):
-    """Train on a labelled set that is new, measure every level, prune, and publish the model if it is not worse."""
-
+class _Training(Frozen):
     data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
-    models: str = Field(description="where models live: <digest>/ and current-<number>.json")
+    models: str = Field(description="where models live: a folder each, and current-00001.json, which names one")
     work: str = Field(description="folder or s3:// prefix for training runs, measurements and stage records")
     train: TrainOptions = TrainOptions()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -64,10 +62,8 @@ def _known_zone(name: str) -> str:
     return name
 
 
-class ArchiveFlowConfig(FlowOptions):
-    """Segment what is new in an archive with the current model."""
-
-    models: str = Field(description="where models live: <digest>/ and current-<number>.json")
+class _Archive(Frozen):
+    models: str = Field(description="where models live: a folder each, and current-00001.json, which names one")
     input: str = Field(description="folder or s3:// prefix of images; {night} in it becomes the night's date")
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     predict: PredictOptions = PredictOptions()
@@ -82,6 +78,17 @@ class ArchiveFlowConfig(FlowOptions):
     period_minutes: Annotated[int, Field(ge=1, le=MINUTES_A_DAY)] = Field(
         MINUTES_A_DAY, description="of a schedule that is shorter than a day: flow runs within one period share a job"
     )
+
+
+# In this order a form shows the work first, and how it is to be done after it.
+
+
+class TrainFlowConfig(FlowOptions, _Training):
+    """Train on a labelled set that is new, measure every level, prune, and publish the model if it is not worse."""
+
+
+class ArchiveFlowConfig(FlowOptions, _Archive):
+    """Segment what is new in an archive with the current model."""
 
 
 class NightlyConfig(TrainFlowConfig, ArchiveFlowConfig):
@@ -108,7 +115,9 @@ class DoctorConfig(Frozen):
 
     input: str | None = Field(None, description="archive to be read: folder or s3:// prefix")
     output: str | None = Field(None, description="where masks go: folder or s3:// prefix")
-    models: str | None = Field(None, description="where models live: <digest>/ and current-<number>.json")
+    models: str | None = Field(
+        None, description="where models live: a folder each, and current-00001.json, which names one"
+    )
     ray: str | None = Field(None, description="the Ray dashboard's address; default: RAY_API_SERVER_ADDRESS")
     prefect: str | None = Field(None, description="Prefect's API; default: PREFECT_API_URL")
     work_pool: str = Field("unetpp", description="the work pool of the deployments")
