@@ -89,7 +89,7 @@ class Site:
         """SeaweedFS with its buckets."""
         folder = self.folder / "store"
         folder.mkdir(exist_ok=True)
-        key, secret = self._secret("s3-key"), self._secret("s3-secret")
+        key, secret = self.secret("s3-key"), self.secret("s3-secret")
         identity = {
             "name": "unetpp",
             "credentials": [{"accessKey": key, "secretKey": secret}],
@@ -140,7 +140,7 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start("ray-head", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        headers = {"Authorization": f"Bearer {self._secret('ray-token')}"}
+        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
         self._wait("ray-head", lambda: httpx.get(f"{self.ray_url}/api/version", headers=headers, timeout=5).is_success)
 
     def start_ray_node(self, number: int, num_cpus: int = 1) -> None:
@@ -159,7 +159,7 @@ class Site:
     def start_prefect(self) -> None:
         """The server: it wants the password, and remembers its leases over a restart."""
         environment = {
-            "PREFECT_SERVER_API_AUTH_STRING": self._secret("prefect-password"),
+            "PREFECT_SERVER_API_AUTH_STRING": self.secret("prefect-password"),
             "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self.folder}/prefect/server.db",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
@@ -168,7 +168,7 @@ class Site:
         }
         words = ["server", "start", "--host", "127.0.0.1", "--port", str(self.ports["prefect"])]
         self._start("prefect", [sys.executable, "-m", "prefect", *words], self.flow_environment() | environment)
-        auth = self._auth()
+        auth = self.auth()
         self._wait("prefect", lambda: httpx.get(f"{self.prefect_url}/api/health", auth=auth, timeout=5).is_success)
 
     def start_worker(self) -> None:
@@ -179,7 +179,7 @@ class Site:
     def deploy(self) -> None:
         """Deployments and automations."""
         command = [sys.executable, "-m", "flows.deploy"]
-        environment = self._own(self.flow_environment())
+        environment = self.with_environment(self.flow_environment())
         done = subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"python -m flows.deploy failed:\n{done.stdout}{done.stderr}")
@@ -190,8 +190,8 @@ class Site:
         """What leads to the store."""
         return {
             "AWS_ENDPOINT_URL": self.s3_url,
-            "AWS_ACCESS_KEY_ID": self._secret("s3-key"),
-            "AWS_SECRET_ACCESS_KEY": self._secret("s3-secret"),
+            "AWS_ACCESS_KEY_ID": self.secret("s3-key"),
+            "AWS_SECRET_ACCESS_KEY": self.secret("s3-secret"),
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
@@ -222,7 +222,7 @@ class Site:
             **self.store_environment(),
             **self.ray_environment(),
             "PREFECT_API_URL": f"{self.prefect_url}/api",
-            "PREFECT_API_AUTH_STRING": self._secret("prefect-password"),
+            "PREFECT_API_AUTH_STRING": self.secret("prefect-password"),
             "PREFECT_HOME": str(self.folder / "prefect"),
             "DO_NOT_TRACK": "1",
             "UNETPP_DATA": "s3://archive/labelled",
@@ -240,7 +240,7 @@ class Site:
         file.touch(mode=0o600)
         file.write_text("\n".join([*lines, "unset RAY_ADDRESS", ""]))
 
-    def _own(self, environment: dict[str, str]) -> dict[str, str]:
+    def with_environment(self, environment: dict[str, str]) -> dict[str, str]:
         """That, and of ours what does not lead elsewhere."""
         foreign = ("AWS_", "RAY_", "PREFECT_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -256,11 +256,13 @@ class Site:
                 word = secrets.token_hex(24)
                 file.write_text(f"unetpp:{word}" if name == "prefect-password" else word)
 
-    def _secret(self, name: str) -> str:
+    def secret(self, name: str) -> str:
+        """One of the secrets that were made: s3-key, s3-secret, ray-token, prefect-password."""
         return (self.folder / "secrets" / name).read_text()
 
-    def _auth(self) -> tuple[str, str]:
-        user, _, password = self._secret("prefect-password").partition(":")
+    def auth(self) -> tuple[str, str]:
+        """Prefect's user and password."""
+        user, _, password = self.secret("prefect-password").partition(":")
         return user, password
 
     def _ray_folder(self) -> str:
@@ -277,7 +279,7 @@ class Site:
             process = subprocess.Popen(
                 command,
                 cwd=HOME,
-                env=self._own(environment),
+                env=self.with_environment(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

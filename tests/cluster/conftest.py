@@ -35,7 +35,7 @@ class Nights:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        user, password = site._auth()
+        user, password = site.auth()
         self.http = httpx.Client(base_url=f"{site.prefect_url}/api", auth=(user, password), timeout=60)
         self.ray = RayJobs(site.ray_url)
 
@@ -116,7 +116,7 @@ class Nights:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli", *words],
             cwd=HOME,
-            env=self.site._own(self.site.flow_environment() | environment),
+            env=self.site.with_environment(self.site.flow_environment() | environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

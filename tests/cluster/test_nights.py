@@ -129,7 +129,7 @@ def test_no_secret_is_in_what_a_night_leaves(nights: Nights, scheduled_night: di
         for entry in storage.list_objects(bucket):
             everything += storage.read_bytes(storage.join(bucket, entry.key)).decode(errors="replace")
     for name in ("s3-key", "s3-secret", "ray-token", "prefect-password"):
-        assert nights.site._secret(name) not in everything, name
+        assert nights.site.secret(name) not in everything, name
 
 
 def test_a_finished_night_is_not_done_again_and_a_deleted_output_is(

@@ -24,7 +24,7 @@ class Pages:
         self.driver, self._url = driver, nights.site.prefect_url
         self.driver.get(f"{self._url}/dashboard")
         wait_for(lambda: "login" in self.driver.current_url, 60)
-        secret = base64.b64encode(nights.site._secret("prefect-password").encode()).decode()
+        secret = base64.b64encode(nights.site.secret("prefect-password").encode()).decode()
         self.driver.execute_script("localStorage.setItem('prefect-password', arguments[0])", secret)
 
     def open(self, path: str, until: str) -> str:
