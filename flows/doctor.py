@@ -27,6 +27,11 @@ from unetpp.errors import UnetppError
 
 MAX_SKEW_S = 60.0
 TIMEOUT_S = 20.0
+FIXES = {
+    "input": "mend --input, AWS_ENDPOINT_URL or the credentials, or take a place that can be read",
+    "output": "mend --output, AWS_ENDPOINT_URL or the credentials, or take a place that can be written",
+    "model": "mend --models, AWS_ENDPOINT_URL or the credentials",
+}
 STYLES = {"ok": "green", "wrong": "bold red", "not asked": "dim"}
 
 
@@ -83,9 +88,8 @@ def _check(what: str, subject: Any, look: Callable[[Any], str], asked_by: str) -
         return Finding(what, "ok", look(subject))
     except _Wrong as wrong:
         return Finding(what, "wrong", *map(str, wrong.args))
-    except UnetppError as error:  # these sentences say what to do themselves
-        seen, _, fix = str(error).partition(": ")
-        return Finding(what, "wrong", seen, fix or str(error))
+    except UnetppError as error:
+        return Finding(what, "wrong", str(error), FIXES.get(what, ""))  # most of these sentences say what to do
     except httpx.HTTPError as error:
         return Finding(
             what, "wrong", f"{subject} does not answer ({type(error).__name__})", "start it, or mend its address"

@@ -42,7 +42,11 @@ class Nights:
     # --------------------------------------------------------------------------------------------- Prefect
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
-        answer = self.http.request(method, path, **body)
+        for _ in range(10):
+            answer = self.http.request(method, path, **body)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:  # SQLite is busy at the moment
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
