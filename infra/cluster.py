@@ -144,7 +144,10 @@ class Site:
         self._wait("ray-head", lambda: httpx.get(f"{self.ray_url}/api/version", headers=headers, timeout=5).is_success)
 
     def start_ray_node(self, number: int, num_cpus: int = 1) -> None:
-        """One node."""
+        """One node; it is there when the head knows it."""
+        if self.process(f"ray-node-{number}") is not None:
+            return
+        before = self._num_cpus()
         words = [
             *("ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
             f"--address=127.0.0.1:{self.ports['gcs']}",
@@ -155,6 +158,14 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start(f"ray-node-{number}", [str(BIN / words[0]), *words[1:]], self.job_environment())
+        self._wait(f"ray-node-{number}", lambda: self._num_cpus() != before)
+
+    def _num_cpus(self) -> float:
+        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
+        answer = httpx.get(f"{self.ray_url}/api/cluster_status", headers=headers, timeout=5).json()
+        status = (answer.get("data") or {}).get("clusterStatus") or {}
+        usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
+        return float(usage.get("CPU", (0, 0))[1])
 
     def start_prefect(self) -> None:
         """The server: it wants the password, and remembers its leases over a restart."""

@@ -39,8 +39,9 @@ class Pages:
         return self.driver.find_element(By.TAG_NAME, "body").text
 
     def click(self, words: str) -> None:
-        """Click on what has these words."""
-        self.driver.find_element(By.XPATH, f"//*[self::button or self::a][normalize-space(.)='{words}']").click()
+        """Click on the innermost thing that has these words and no others."""
+        found = self.driver.find_elements(By.XPATH, f"//*[normalize-space(.)='{words}']")
+        self.driver.execute_script("arguments[0].click()", found[-1])
 
 
 @pytest.fixture(scope="module")
