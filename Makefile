@@ -2,10 +2,12 @@
 # make demo    a whole night in minutes: synthetic images, or DATA=<folder with images/, masks/, splits.csv>
 # make test    the tests; ARGS='-k tiles' picks some
 # make faults  the tests that break things on purpose: stores, processes, images, disks; tests/FAULTS.md has the list
+# make nights  the tests of whole nights on real servers: Prefect, a Ray cluster, an S3 store, all of them here
+# make cluster, make cluster-down   those servers, to try; what they store is under cluster/
 # make check   format, lint, types and import contracts
 # Each does its own set-up, on a machine with Python 3.11 or later and make.
 
-.PHONY: setup demo test faults check format constraints clean
+.PHONY: setup demo test faults nights cluster cluster-down check format constraints clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -40,10 +42,19 @@ demo/synthetic/data/splits.csv: | $(STAMP)
 	@$(BIN)/unetpp synth --out $(@D) --num 160 --seed 1
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest --ignore=tests/faults $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/cluster $(ARGS)
 
 faults: $(STAMP)
 	@$(BIN)/python -m pytest tests/faults $(ARGS)
+
+nights: $(STAMP)
+	@$(BIN)/python -m pytest tests/cluster $(ARGS)
+
+cluster: $(STAMP)
+	@$(BIN)/python -m infra.cluster up
+
+cluster-down: $(STAMP)
+	@$(BIN)/python -m infra.cluster down
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .

@@ -1,9 +1,10 @@
 """Prefect without a server to care for: imported before Prefect, it makes a flow on a laptop quiet and self-contained.
 
 Prefect reads its environment while it is imported, so every module that is a command imports this one first. Where an
-API is configured (PREFECT_API_URL), or a variable is set already, nothing is changed.
+API is configured (PREFECT_API_URL), its log gets our lines, and nothing else is changed.
 """
 
+import logging
 import os
 
 SETTINGS = {
@@ -20,3 +21,6 @@ SETTINGS = {
 if "PREFECT_API_URL" not in os.environ:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+else:
+    for name in ("flows", "jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)

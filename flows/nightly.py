@@ -2,23 +2,41 @@
 
 import flows.embedded  # noqa: F401  before Prefect is imported
 
+import logging
+
 from prefect import flow
 
-from flows import publish
-from flows.archive import archive
+from flows import hooks, publish, stages
+from flows.archive import segment
 from flows.command import main
-from flows.config import ArchiveFlowConfig, NightlyConfig, TrainFlowConfig
-from flows.publish import TrainOutcome
-from flows.train import train
+from flows.config import NightlyConfig
+from flows.outcome import TrainOutcome
+from flows.train import make_model
+from jobs import registry
 from jobs.contract import PredictResult
+from unetpp.errors import UnetppError
+
+logger = logging.getLogger(__name__)
 
 
-@flow(name="nightly")
+@flow(name="nightly", on_cancellation=[hooks.stop_jobs], on_crashed=[hooks.leave_jobs])
 def nightly(config: NightlyConfig) -> tuple[TrainOutcome, PredictResult]:
-    """Train, measure, prune and gate; then predict with whatever model is current."""
-    outcome = train(TrainFlowConfig(**{name: getattr(config, name) for name in TrainFlowConfig.model_fields}))
-    predicted = archive(ArchiveFlowConfig(**{name: getattr(config, name) for name in ArchiveFlowConfig.model_fields}))
-    return outcome, predicted
+    """Train, measure, prune and gate; then predict with whatever model is current.
+
+    Where no new model could be made, the archive is segmented with the one there is; the flow run fails at the end.
+    """
+    night, until = stages.tonight(config), stages.deadline(config)
+    try:
+        outcome = make_model(config, until)
+    except UnetppError as error:
+        if registry.current(config.models)[1] is None:
+            raise
+        logger.error("no new model: %s", error)
+        logger.info("going on with the current one")
+        segment(config, night, until)
+        raise
+    predicted = segment(config, night, until)
+    return publish.ended(predicted, (outcome, predicted))
 
 
 if __name__ == "__main__":

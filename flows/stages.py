@@ -1,24 +1,31 @@
-"""The stages of a night as Prefect tasks. Each runs one job, or finds that its result is there and still true.
+"""The stages of a night as Prefect tasks. Each has one job done, or finds that it is done and still true.
 
-A stage's record is `<work>/stages/<stage>-<fingerprint>.json`: the job's result, under the fingerprint of all that
-went in. Prefect's own result cache is not used: a record is trusted only while what it names exists.
+A stage's record is the result that its job wrote, under the name of the job: a fingerprint of all that changes the
+output. Prefect's own result cache is not used: a record is trusted only while what it names exists.
 """
 
 import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TypeVar
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ValidationError
 
-from flows import registry
-from flows.config import ArchiveFlowConfig, TrainFlowConfig
-from flows.local_jobs import run_job
-from flows.registry import CurrentModel
-from jobs import storage
+from flows import lineage, publish, ray_jobs
+from flows.backends import backend_of
+from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
+from flows.nights import night_of
+from flows.outcome import GateResult
+from flows.ray_jobs import State
+from jobs import registry, storage
+from jobs.config_file import write_command
 from jobs.contract import (
     EvaluateConfig,
     EvaluateResult,
+    ExitCode,
     PredictConfig,
     PredictResult,
     PruneConfig,
@@ -27,8 +34,9 @@ from jobs.contract import (
     TrainResult,
     fingerprint,
 )
-from unetpp.config import Frozen
-from unetpp.errors import ConfigError
+from jobs.registry import CurrentModel
+from jobs.watch import Watch
+from unetpp.errors import ConfigError, JobError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -37,31 +45,38 @@ Result = TypeVar("Result", bound=BaseModel)
 LABELLED = ("images", "masks", "splits.csv")
 
 
-class GateResult(Frozen):
-    """Whether a new model became the current one, and why."""
-
-    accepted: bool
-    digest: str
-    val_iou: float
-    reason: str
-
-
 def labelled_fingerprint(data: str) -> str:
     """Return the fingerprint of a labelled set: the keys and versions of images/, masks/ and splits.csv."""
     listing = {entry.key: entry.etag for entry in storage.list_objects(data)}
     return fingerprint({key: etag for key, etag in listing.items() if key.split("/")[0] in LABELLED})
 
 
+def deadline(config: FlowOptions) -> float:
+    """Return the moment, in monotonic time, at which this flow run's job is to stop."""
+    return time.monotonic() + config.deadline_hours * 3600
+
+
+def tonight(config: ArchiveFlowConfig) -> str:
+    """Return the name of the night whose work a flow run does: the one asked for, else by its scheduled start."""
+    if config.night is not None:
+        return f"{config.night:%Y%m%d}"
+    due = config.due or runtime.flow_run.scheduled_start_time or datetime.now(UTC)
+    return night_of(due, config.timezone, config.period_minutes)
+
+
+# ------------------------------------------------------------------------------------------------ a model
+
+
 @task(name="train", cache_policy=NO_CACHE)
-def train_stage(config: TrainFlowConfig, labelled: str) -> TrainResult:
+def train_stage(config: TrainFlowConfig, labelled: str, until: float) -> TrainResult:
     """Train on the labelled set, or return the result of having done so."""
     job = TrainConfig(data=config.data, output=storage.join(config.work, "train"), **dict(config.train))
-    key = fingerprint({"config": job.run_fingerprint(), "labelled": labelled})
-    return _once(config.work, "train", key, job, TrainResult)
+    spec: dict[str, object] = {"config": job.run_fingerprint(), "labelled": labelled}
+    return _once(config, "train", spec, job, TrainResult, config.work, _has_model, until)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
-def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, digest: str) -> EvaluateResult:
+def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, digest: str, until: float) -> EvaluateResult:
     """Measure every level of a model on the validation split."""
     job = EvaluateConfig(
         model=model_uri,
@@ -70,7 +85,7 @@ def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, diges
         output=_evaluation_uri(config, labelled, digest),
         group_by=config.group_by,
     )
-    return _once(config.work, "evaluate", _key(job, digest, labelled), job, EvaluateResult)
+    return _once(config, "evaluate", _spec(job, digest, labelled), job, EvaluateResult, config.work, _has_model, until)
 
 
 def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
@@ -79,7 +94,7 @@ def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
 
 
 @task(name="prune", cache_policy=NO_CACHE)
-def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult) -> PruneResult:
+def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult, until: float) -> PruneResult:
     """Keep the cheapest level that is within the tolerance by what `evaluate_stage` measured."""
     job = PruneConfig(
         model=trained.model_uri,
@@ -88,22 +103,25 @@ def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult) ->
         confidence=config.confidence,
         metrics=storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json"),
     )
-    return _once(config.work, "prune", _key(job, trained.digest, labelled), job, PruneResult)
+    spec = _spec(job, trained.digest, labelled)
+    return _once(config, "prune", spec, job, PruneResult, config.work, _has_model, until)
 
 
 @task(name="gate", cache_policy=NO_CACHE)
-def gate_stage(config: TrainFlowConfig, labelled: str, measured: EvaluateResult, pruned: PruneResult) -> GateResult:
+def gate_stage(
+    config: TrainFlowConfig, labelled: str, measured: EvaluateResult, pruned: PruneResult, until: float
+) -> GateResult:
     """Make the pruned model the current one, unless it is worse than that on the same validation split."""
     key = fingerprint({"digest": pruned.digest, "labelled": labelled, "margin": config.gate_margin})
-    record_uri = _record_uri(config.work, "gate", key)
-    decided = _read_record(record_uri, GateResult)
+    record_uri = storage.join(config.work, "results", f"gate-{key[:10]}.json")
+    decided = _read(record_uri, GateResult)
     if decided is not None and registry.current(config.models)[1] is not None:
         logger.info("gate: unchanged")
         return decided
     val_iou = level_iou(measured, pruned.level)
     while True:
         number, current = registry.current(config.models)
-        accepted, reason = _compare(config, labelled, pruned, val_iou, current)
+        accepted, reason = _compare(config, labelled, pruned, val_iou, current, until)
         if not accepted or (current is not None and current.digest == pruned.digest):
             break
         new = CurrentModel(
@@ -119,7 +137,12 @@ def gate_stage(config: TrainFlowConfig, labelled: str, measured: EvaluateResult,
 
 
 def _compare(
-    config: TrainFlowConfig, labelled: str, pruned: PruneResult, val_iou: float, current: CurrentModel | None
+    config: TrainFlowConfig,
+    labelled: str,
+    pruned: PruneResult,
+    val_iou: float,
+    current: CurrentModel | None,
+    until: float,
 ) -> tuple[bool, str]:
     """Return whether the pruned model may be current, and the sentence that says why."""
     if current is None:
@@ -127,7 +150,7 @@ def _compare(
     if current.digest == pruned.digest:
         return True, f"{pruned.digest[:10]} is the current model already"
     uri = registry.model_uri(config.models, current.digest)
-    current_iou = level_iou(evaluate_stage(config, labelled, uri, current.digest), current.level)
+    current_iou = level_iou(evaluate_stage(config, labelled, uri, current.digest, until), current.level)
     accepted = val_iou >= current_iou - config.gate_margin
     verdict = "replaces" if accepted else "does not replace"
     return accepted, (
@@ -136,22 +159,80 @@ def _compare(
     )
 
 
+def level_iou(measured: EvaluateResult, level: int) -> float:
+    """Return the mean IoU of one level; ConfigError where it was not measured."""
+    for report in measured.reports:
+        if report.name == f"L{level}":
+            return report.score.mean_iou
+    raise ConfigError(f"{measured.model_uri} has no level L{level}: {[report.name for report in measured.reports]}")
+
+
+def _spec(job: BaseModel, digest: str, labelled: str) -> dict[str, object]:
+    plain = job.model_dump(mode="json", exclude={"model", "result", "threads"})
+    return {"config": plain, "digest": digest, "labelled": labelled}
+
+
+def _has_model(result: BaseModel) -> bool:
+    model_uri = getattr(result, "model_uri", "")
+    return all(storage.exists(storage.join(model_uri, name)) for name in ("config.json", "model.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------- an archive
+
+
 @task(name="predict", cache_policy=NO_CACHE)
-def predict_stage(config: ArchiveFlowConfig) -> PredictResult:
+def predict_stage(config: ArchiveFlowConfig, night: str, until: float) -> PredictResult:
     """Segment what is new in the archive with the current model; ConfigError where there is none."""
+    job = _predict_job(config, night)
+    spec: dict[str, object] = {"config": job.output_fingerprint()}
+    watch = Watch(job.output)
+    predicted = _once(config, "predict", spec, job, PredictResult, job.output, _has_masks, until, night, watch)
+    if predicted.status in ("interrupted", "failed"):  # a record of a job that was stopped is no end
+        raise JobError("predict", predicted.exit_code, predicted.message)
+    lineage.publish_lineage(job, predicted)
+    report_uri = predicted.report_uri or _newest_report(storage.canonical(config.output))
+    return predicted.model_copy(update={"report_uri": report_uri})
+
+
+def is_night_done(config: ArchiveFlowConfig, night: str) -> PredictResult | None:
+    """Return the result of a night whose work is done, and still there."""
+    job = _predict_job(config, night)
+    name = ray_jobs.submission_id("predict", night, {"config": job.output_fingerprint()})
+    result = _read(_result_uri(job.output, name), PredictResult)
+    return result if result is not None and _has_masks(result) else None
+
+
+def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
     _, model = registry.current(config.models)
     if model is None:
         raise ConfigError(f"{config.models} has no current model: run flows.train or flows.nightly first")
-    job = PredictConfig(
+    return PredictConfig(
         model=registry.model_uri(config.models, model.digest),
-        input=config.input,
+        input=config.input.replace("{night}", f"{night[:4]}-{night[4:6]}-{night[6:8]}"),
         output=config.output,
+        on_new_model=config.on_new_model,
+        backfill_images=config.backfill_images,
         partial_ok=True,  # failed images are rows and counts, not a failed night
         **dict(config.predict),
     )
-    predicted = run_job("predict", job, PredictResult)
-    report_uri = predicted.report_uri or _newest_report(storage.canonical(config.output))
-    return predicted.model_copy(update={"report_uri": report_uri})
+
+
+def _has_masks(result: BaseModel) -> bool:
+    """Whether every run of a finished `predict` is sealed, and every part of it in the table."""
+    assert isinstance(result, PredictResult)
+    if result.status in ("interrupted", "failed"):
+        return False
+    output = result.table_uri.removesuffix("/table")
+    for run in result.runs:
+        try:
+            sealed = storage.read_json(storage.join(output, "runs", run, "_SUCCESS.json"))
+        except (FileNotFoundError, StorageError):
+            return False
+        parts_uri = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", f"run={run}")
+        there = {entry.key: entry.size_bytes for entry in storage.list_objects(parts_uri, missing_ok=True)}
+        if any(there.get(part["name"]) != part["size_bytes"] for part in sealed["parts"]):
+            return False
+    return True
 
 
 def _newest_report(output: str) -> str | None:
@@ -163,44 +244,94 @@ def _newest_report(output: str) -> str | None:
     return storage.join(runs_uri, max(reports)) if reports else None
 
 
-def level_iou(measured: EvaluateResult, level: int) -> float:
-    """Return the mean IoU of one level; ConfigError where it was not measured."""
-    for report in measured.reports:
-        if report.name == f"L{level}":
-            return report.score.mean_iou
-    raise ConfigError(f"{measured.model_uri} has no level L{level}: {[report.name for report in measured.reports]}")
+# --------------------------------------------------------------------------------------------- one job, once
 
 
-def _key(job: BaseModel, digest: str, labelled: str) -> str:
-    plain = job.model_dump(mode="json", exclude={"model", "result", "threads"})
-    return fingerprint({"config": plain, "digest": digest, "labelled": labelled})
+def _once(
+    config: FlowOptions,
+    stage: str,
+    spec: dict[str, object],
+    job: BaseModel,
+    result_class: type[Result],
+    root: str,
+    still_true: Callable[[Result], bool],
+    until: float,
+    night: str | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """Have a job done: find its result, or attach to it, or start it, follow it, and read what it left.
+
+    Raises:
+        JobError: it ended badly, was stopped, or was lost too often.
+    """
+    backend = backend_of(config.jobs)
+    name = ray_jobs.submission_id(stage, night, spec)
+    result_uri = _result_uri(root, name)
+
+    def recorded() -> Result | None:
+        result = _read(result_uri, result_class)
+        return result if result is not None and still_true(result) else None
+
+    # What was found for a night may have changed since: by hand, and without a cluster, an archive is looked at anew.
+    look_again = night is not None and (config.again or not backend.survives)
+    if not look_again and (result := recorded()) is not None:
+        logger.info("%s: unchanged, %s is done", stage, name)
+        return result
+    again = config.again
+    command = write_command(stage, job.model_copy(update={"result": result_uri}))
+    metadata = {"night": night or "", "flow_run": runtime.flow_run.id or ""}
+    for _ in range(ray_jobs.MAX_ATTEMPTS + 1):  # `ensure` ends it, where the cluster remembers
+        submission = ray_jobs.ensure(
+            backend,
+            name,
+            command,
+            metadata,
+            is_done=lambda: not look_again and recorded() is not None,
+            again=again,
+        )
+        again = False
+        logger.info("%s: %s %s", stage, "attached to" if submission.attached else "started", submission.submission_id)
+        with publish.Following(backend, submission.submission_id, watch) as following:
+            status = _follow(backend, submission.submission_id, following, until)
+        if status is not None and status.state is State.SUCCEEDED:
+            if (result := recorded()) is not None:
+                return result
+            raise JobError(submission.submission_id, 0, f"it left no readable result at {result_uri}")
+        if status is not None and status.state is State.STOPPED:
+            raise JobError(
+                submission.submission_id, int(ExitCode.INTERRUPTED), "it was stopped; the next start goes on from there"
+            )
+        if not backend.survives:
+            assert status is not None
+            raise JobError(submission.submission_id, status.exit_code, backend.log(submission.submission_id)[-4000:])
+        if status is None:
+            logger.warning("%s: %s was lost, its cluster does not know it any more", stage, submission.submission_id)
+    raise JobError(name, None, f"lost {ray_jobs.MAX_ATTEMPTS} times: look after the cluster at {backend.where}")
 
 
-def _once(work: str, stage: str, key: str, job: BaseModel, result_class: type[Result]) -> Result:
-    """Run a job unless its record is there and what it names exists."""
-    uri = _record_uri(work, stage, key)
-    recorded = _read_record(uri, result_class)
-    if recorded is not None and _still_there(recorded):
-        logger.info("%s: unchanged", stage)
-        return recorded
-    result = run_job(stage, job, result_class)
-    storage.write_bytes(uri, result.model_dump_json(indent=2).encode())
-    return result
+def _follow(
+    backend: ray_jobs.JobBackend, name: str, following: publish.Following, until: float
+) -> ray_jobs.JobStatus | None:
+    """Follow a job; Ctrl-C stops it, the end of this process alone does not, where the job can live without it."""
+    poll_s = ray_jobs.POLL_S if backend.survives else 0.2
+    try:
+        return ray_jobs.follow(backend, name, say=following.say, tick=following.tick, deadline=until, poll_s=poll_s)
+    except KeyboardInterrupt:
+        ray_jobs.stop(backend, name)
+        raise
+    except BaseException:
+        if not backend.survives:
+            ray_jobs.stop(backend, name)
+        raise
 
 
-def _record_uri(work: str, stage: str, key: str) -> str:
-    return storage.join(work, "stages", f"{stage}-{key[:16]}.json")
+def _result_uri(root: str, name: str) -> str:
+    return storage.join(root, "results", f"{name}.json")
 
 
-def _read_record(uri: str, result_class: type[Result]) -> Result | None:
+def _read(uri: str, result_class: type[Result]) -> Result | None:
     """Return the recorded result, None where there is none or where it was written by another version."""
     try:
         return result_class.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, ValidationError):
         return None
-
-
-def _still_there(result: BaseModel) -> bool:
-    model_uri = getattr(result, "model_uri", None)
-    names = ("config.json", "model.safetensors")
-    return model_uri is None or all(storage.exists(storage.join(model_uri, name)) for name in names)

@@ -4,20 +4,25 @@ import flows.embedded  # noqa: F401  before Prefect is imported
 
 from prefect import flow
 
-from flows import publish, stages
+from flows import hooks, publish, stages
 from flows.command import main
 from flows.config import TrainFlowConfig
-from flows.publish import TrainOutcome
+from flows.outcome import TrainOutcome
 
 
-@flow(name="train")
+@flow(name="train", on_cancellation=[hooks.stop_jobs], on_crashed=[hooks.leave_jobs])
 def train(config: TrainFlowConfig) -> TrainOutcome:
     """Train, measure every level, prune by tolerance, gate; whatever was done for this labelled set is not repeated."""
+    return make_model(config, stages.deadline(config))
+
+
+def make_model(config: TrainFlowConfig, until: float) -> TrainOutcome:
+    """The four stages of a model, inside whatever flow runs."""
     labelled = stages.labelled_fingerprint(config.data)
-    trained = stages.train_stage(config, labelled)
-    measured = stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest)
-    pruned = stages.prune_stage(config, labelled, trained)
-    gate = stages.gate_stage(config, labelled, measured, pruned)
+    trained = stages.train_stage(config, labelled, until)
+    measured = stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest, until)
+    pruned = stages.prune_stage(config, labelled, trained, until)
+    gate = stages.gate_stage(config, labelled, measured, pruned, until)
     outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate)
     publish.publish_levels(outcome)
     return outcome

@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from jobs import hints
-from jobs.cluster import local_ray
+from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
 from jobs.progress import Drain, draining
@@ -65,6 +65,7 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         )
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
+            answers: Any
             for answers in footers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for answer in answers.to_pylist():
                     if answer["stop"]:
@@ -100,9 +101,9 @@ def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tu
     """
     resources = ray.cluster_resources()
     num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if num_cpus > available_cpus:
+    if num_cpus > available_cpus and not is_cluster():
         raise ConfigError(f"threads {num_cpus} is more than the {available_cpus} CPUs that Ray has; ask for fewer")
-    room = num_gpus or available_cpus // num_cpus
+    room = num_gpus or max(1, available_cpus // num_cpus)  # a cluster without nodes may well bring some when asked
     size = max(1, min(num_shards, room, config.num_workers or room))
     per_actor: dict[str, Any] = {"num_cpus": num_cpus} | ({"num_gpus": 1} if num_gpus else {})
     initial = size

@@ -1,4 +1,4 @@
-"""The `unetpp` command: `unetpp <job> ...` is `python -m jobs.<job> ...` is what a flow or a cluster runs.
+"""Every job as a command: `unetpp <job> ...` is `python -m jobs.<job> ...` is what a flow or a cluster runs.
 
 Only the chosen job is imported, so that `--help` and a mistyped flag answer at once, without torch and Ray.
 """
@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import NoReturn
 
+from cyclopts import App
 from pydantic import BaseModel
 
 from jobs import logs
@@ -22,6 +23,7 @@ from jobs.contract import (
     PruneConfig,
     RebuildConfig,
     RetryConfig,
+    RollbackConfig,
     StatusConfig,
     SynthConfig,
     TrainConfig,
@@ -38,6 +40,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "rebuild": RebuildConfig,
     "gc": GcConfig,
     "forget": ForgetConfig,
+    "rollback": RollbackConfig,
     "synth": SynthConfig,
 }
 """Every job: module `jobs.<name>` has `run(config) -> result` for this config class."""
@@ -48,14 +51,19 @@ HELP = "Train UNet++, prune it to the smallest level that is good enough, and se
 def run_command_line(job: str | None = None, words: list[str] | None = None) -> int:
     """Run `unetpp words`, or `unetpp job words`, and return the exit code."""
     app = new_app("unetpp", HELP)
-    for name, config_class in JOBS.items():
-        add_command(app, name, config_class, partial(_run, name))
+    add_jobs(app)
     words = sys.argv[1:] if words is None else words
     return run_app(app, words if job is None else [job, *words])
 
 
+def add_jobs(app: App) -> None:
+    """Add a command for every job."""
+    for name, config_class in JOBS.items():
+        add_command(app, name, config_class, partial(_run, name))
+
+
 def main() -> NoReturn:
-    """Be the process of `unetpp`."""
+    """Be the process of `python -m jobs.cli`."""
     logs.configure()
     sys.exit(run_command_line())
 

@@ -13,6 +13,11 @@ QUIET = {
 }
 
 
+def is_cluster() -> bool:
+    """Whether this is a submitted job, whose Ray is the cluster that it was sent to."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
     """Connect to Ray for the duration of a job.
@@ -28,7 +33,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if is_cluster():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(

@@ -7,7 +7,7 @@ which wins over the file. The config is validated once, by pydantic; cyclopts on
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -59,14 +59,19 @@ def new_app(name: str, help: str) -> App:
     )
 
 
-def add_command(app: App, name: str, config_class: type[Config], run: Callable[[Config], int]) -> None:
-    """Add `app name --flags`: it loads a `config_class` and ends with the exit code that `run` returns."""
-    app.command(_command(config_class, run), name=name, sort_key=len(list(app)))
+def add_command(
+    app: App, name: str, config_class: type[Config], run: Callable[..., int], switches: Mapping[str, str] | None = None
+) -> None:
+    """Add `app name --flags`: it loads a `config_class` and ends with the exit code that `run` returns.
+
+    `switches` (name -> help) are flags beside the config; `run` gets them as keywords: text, or None where not given.
+    """
+    app.command(_command(config_class, run, switches or {}), name=name, sort_key=len(list(app)))
 
 
 def set_command(app: App, config_class: type[Config], run: Callable[[Config], int]) -> None:
     """Make `app --flags` itself load a `config_class` and end with the exit code that `run` returns."""
-    app.default(_command(config_class, run))
+    app.default(_command(config_class, run, {}))
 
 
 def run_app(app: App, words: Iterable[str] | None = None) -> int:
@@ -74,21 +79,30 @@ def run_app(app: App, words: Iterable[str] | None = None) -> int:
 
     A mistake of the caller is a sentence on stderr; only what nobody foresaw shows a traceback.
     """
+    return _guarded(app.name[0], lambda: app(words, exit_on_error=False, print_error=False))
+
+
+def run_plain(name: str, run: Callable[[], object]) -> int:
+    """Run a command without flags and return its exit code; every error becomes one."""
+    return _guarded(name, run)
+
+
+def _guarded(name: str, run: Callable[[], object]) -> int:
     try:
-        code = app(words, exit_on_error=False, print_error=False)
+        code = run()
         return int(code) if isinstance(code, int) else int(ExitCode.DONE)
     except CycloptsError as error:
-        _say(app.name[0], [_mistyped(error)])
+        _say(name, [_mistyped(error)])
         return int(ExitCode.CONFIG)
     except KeyboardInterrupt:
-        _say(app.name[0], ["interrupted; the same command goes on from here"])
+        _say(name, ["interrupted; the same command goes on from here"])
         return int(ExitCode.INTERRUPTED)
     except Exception as error:
         known = _project_error(error)
         if known is None:
             traceback.print_exception(error)
             return int(ExitCode.OTHER)
-        _say(app.name[0], _sentences(known))
+        _say(name, _sentences(known))
         return exit_code(known)
 
 
@@ -134,7 +148,7 @@ def _say(program: str, sentences: Iterable[str]) -> None:
 # -------------------------------------------------------------------------------------------------- flags
 
 
-def _command(config_class: type[Config], run: Callable[[Config], int]) -> Callable[..., int]:
+def _command(config_class: type[Config], run: Callable[..., int], switches: Mapping[str, str]) -> Callable[..., int]:
     """Return a function whose signature is the config's flags, for cyclopts to read."""
     by_name = {"__".join(leaf.path): leaf for leaf in leaves(schema_of(config_class))}
 
@@ -144,17 +158,25 @@ def _command(config_class: type[Config], run: Callable[[Config], int]) -> Callab
         *places: str, config: str | None = None, set: list[str] | None = None, print_config: bool = False, **words: Any
     ) -> int:
         words |= dict(zip(in_place, places, strict=False))
+        switched = {name: words.pop(name, None) for name in switches}
         flags = {by_name[name].path: _value(by_name[name], word) for name, word in words.items() if word is not None}
         checked = load_config(config_class, config, set or (), flags)
         if print_config:
             sys.stdout.write(write_yaml(checked))
             return int(ExitCode.DONE)
-        return run(checked)
+        return run(checked, **switched)
 
     command.__doc__ = config_class.__doc__
     command.__annotations__ = {}  # the signature alone says what the flags are
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        sorted([*_general_flags(), *(_flag(name, leaf) for name, leaf in by_name.items())], key=lambda flag: flag.kind)
+        sorted(
+            [
+                *_general_flags(),
+                *(_switch(name, help) for name, help in switches.items()),
+                *(_flag(name, leaf) for name, leaf in by_name.items()),
+            ],
+            key=lambda flag: flag.kind,
+        )
     )
     return command
 
@@ -168,6 +190,11 @@ def _general_flags() -> list[inspect.Parameter]:
         flag("set", list[str], "set one key, the value read as YAML; repeatable", metavar="KEY=VALUE"),
         flag("print_config", bool, "print the validated config as YAML and stop"),
     ]
+
+
+def _switch(name: str, help: str) -> inspect.Parameter:
+    kind = bool if help.endswith("(switch)") else str
+    return _keyword(name, kind, help=help.removesuffix(" (switch)"), group=_GENERAL, negative=())
 
 
 def _flag(name: str, leaf: Leaf) -> inspect.Parameter:

@@ -67,7 +67,7 @@ class TrainOptions(Frozen):
     seed: int = Field(0, description="of the first weights, the crops and their augmentation")
     num_workers: Annotated[int, Field(ge=1)] = Field(1, description="processes that share every batch")
     threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads a worker; default: the machine's cores shared out"
+        None, description="CPU threads a worker; default: its share of a node's CPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
@@ -289,14 +289,43 @@ class PredictOptions(Frozen):
         return self
 
 
+OnNewModel = Literal["new_only", "backfill", "all"]
+ON_NEW_MODEL = (
+    "what is done of images that older models have done: new_only leaves them, backfill does backfill_images of them "
+    "again, all does every one"
+)
+BACKFILL_IMAGES = "images of older models that one call, with on_new_model backfill, does again"
+
+
 class PredictConfig(PredictOptions):
     """Segment every image of an archive; run it again to do what is new."""
 
     model: str = Field(description="model folder or URI")
     input: str = Field(description="folder or s3:// prefix of images")
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
+    on_new_model: OnNewModel = Field("all", description=ON_NEW_MODEL)
+    backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
     partial_ok: bool = Field(False, description="exit 0 although some images failed")
     result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
+
+    def output_fingerprint(self) -> str:
+        """What must be equal for two calls to do the same work: everything that changes the output."""
+        changes_nothing = {
+            "result",
+            "partial_ok",
+            "backend",
+            "num_workers",
+            "node_labels",
+            "threads",
+            "decode_seconds",
+            "decode_memory_mb",
+            "max_failed_share",
+            "lease_s",
+            "drain_s",
+            "stall_s",
+            "single_writer",
+        }
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
 
 
 class PredictResult(Frozen):
@@ -462,6 +491,26 @@ class ForgetResult(Frozen):
     key: str
     num_rows: int
     runs: tuple[str, ...]
+
+
+class RollbackConfig(Frozen):
+    """Make the model that was current before this one current again."""
+
+    models: str = Field(
+        description="where models live: <digest>/ and current-<number>.json",
+        json_schema_extra={"positional": True},
+    )
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class RollbackResult(Frozen):
+    """Which model is current now."""
+
+    number: int
+    digest: str
+    level: Level
+    model_uri: str
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------------ synth

@@ -76,7 +76,7 @@ def write(path: str, content: bytes) -> None:
     """Write the file whole, over what is there: readers see the old or the new."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:60]}.{uuid.uuid4().hex}")
-    with _translated(path):
+    with _translated(path, writes=True):
         os.makedirs(folder or ".", exist_ok=True)
         try:
             _write_synced(temporary, content)
@@ -94,7 +94,7 @@ def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
     """
     folder = os.path.dirname(path) or "."
     temporary = os.path.join(scratch_dir, uuid.uuid4().hex)
-    with _translated(path):
+    with _translated(path, writes=True):
         if os.path.lexists(path):
             return False
         os.makedirs(scratch_dir, exist_ok=True)
@@ -169,10 +169,11 @@ def _etag(found: os.stat_result) -> str:
 
 
 @contextlib.contextmanager
-def _translated(path: str) -> Iterator[None]:
+def _translated(path: str, *, writes: bool = False) -> Iterator[None]:
+    """Errors of the file system become StorageError; who reads is told of an absent file by FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not writes:
+            raise
         raise StorageError(f"{error.filename or path}: {_ADVICE.get(error.errno or 0, error.strerror)}") from error

@@ -151,14 +151,25 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
 
 def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> manifest.Plan:
     """What the archive lists and the table does not have. ConfigError where nothing is listed."""
-    done = table.done_before(
-        archive.output_uri,
-        archive.model_digest,
-        source=storage.plain(archive.source_uri),
-        write=archive.config.write,
-        written_by_run={record.run: record.write for record in records},
-        waiting=waiting,
-    )
+
+    def done_by(digest: str | None) -> table.Done:
+        return table.done_before(
+            archive.output_uri,
+            digest,
+            source=storage.plain(archive.source_uri),
+            write=archive.config.write,
+            written_by_run={record.run: record.write for record in records},
+            waiting=waiting,
+        )
+
+    done: manifest.DoneBefore
+    match archive.config.on_new_model:
+        case "all":
+            done = done_by(archive.model_digest)
+        case "new_only":
+            done = done_by(None)
+        case "backfill":
+            done = table.DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
     plan = manifest.plan(
         storage.list_objects(archive.source_uri),
         source=storage.plain(archive.source_uri),

@@ -15,6 +15,7 @@ from jobs.contract import (
     LevelReport,
     PredictResult,
     PruneResult,
+    RollbackResult,
     Score,
     StatusResult,
     SynthResult,
@@ -57,6 +58,9 @@ def show(result: BaseModel, console: Console) -> None:
                 _line(console, "note", "nothing was removed; --delete does it")
         case ForgetResult():
             _line(console, "forgotten", f"{result.key}: {result.num_rows} row(s) of {', '.join(result.runs)}")
+        case RollbackResult():
+            _line(console, "current", f"number {result.number}: {result.model_uri}, level L{result.level}")
+            _line(console, "why", result.reason)
         case SynthResult():
             _line(console, "synthesised", f"{result.num_images} images: {result.data_uri}")
         case _:

@@ -39,16 +39,16 @@ class Part(NamedTuple):
     size_bytes: int
 
 
-def list_parts(output: str, digest: str, run: str | None = None) -> list[Part]:
-    """The committed parts of a model, or of one of its runs, in the order of run and shard."""
-    root = storage.join(output, "table", sink.model_folder(digest))
+def list_parts(output: str, digest: str | None, run: str | None = None) -> list[Part]:
+    """The committed parts of a model (None: of every one), or of one of its runs, in the order of run and shard."""
+    root = storage.join(output, "table", *([] if digest is None else [sink.model_folder(digest)]))
     where = root if run is None else storage.join(root, f"run={run}")
     parts = []
     for found in storage.list_objects(where, missing_ok=True):
         folder, _, name = found.key.rpartition("/")
         number = name.removeprefix("part-").removesuffix(".parquet")
         if name.endswith(".parquet") and number.isdecimal():
-            run_id = run or folder.removeprefix("run=")
+            run_id = run or folder.rpartition("run=")[2]
             parts.append(Part(storage.join(where, found.key), run_id, int(number), found.etag, found.size_bytes))
     return sorted(parts, key=lambda part: (part.run, part.shard))
 
@@ -89,12 +89,12 @@ def read_rows(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
     return pa.Table.from_batches(scan(parts, columns), schema)
 
 
-def read_masks(output: str, model: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The newest row of every image (and window) that a model saw, failed ones included, with its `run`; newest first.
+def read_masks(output: str, model: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """The newest row of every image (and window), failed ones included, with its `run`; newest first.
 
     Args:
         output: the output of the runs.
-        model: the model's digest, whole or its first ten digits.
+        model: the digest, whole or its first ten digits, of the model whose rows count; None: those of every model.
         columns: columns wanted, of `jobs.sink.SCHEMA`; default: all.
     """
     by_run = _by_run(list_parts(storage.canonical(output), model))
@@ -115,15 +115,16 @@ def read_masks(output: str, model: str, columns: Sequence[str] | None = None) ->
     return pa.concat_tables(newest)
 
 
-def newest_view(output: str, model: str, name: str = "masks") -> str:
+def newest_view(output: str, model: str | None = None, name: str = "masks") -> str:
     """SQL that makes a DuckDB view of what `read_masks` reads: `duckdb.sql(newest_view(output, model))`.
 
     Args:
         output: the output of the runs; for s3:// DuckDB wants its httpfs extension and a secret of its own.
-        model: the model's digest, whole or its first ten digits.
+        model: the digest, whole or its first ten digits, of the model whose rows count; None: those of every model.
         name: the view's name.
     """
-    files = storage.join(storage.canonical(output), "table", sink.model_folder(model), "*", "*.parquet")
+    folder = "*" if model is None else sink.model_folder(model)
+    files = storage.join(storage.canonical(output), "table", folder, "*", "*.parquet")
     place = ", ".join(_PLACE)
     return (
         f"create or replace view {name} as select * from read_parquet('{files.replace(chr(39), chr(39) * 2)}', "
@@ -181,9 +182,27 @@ def _find(there: Identities, wanted: Identities) -> tuple[NDArray[np.bool_], NDA
     return there[at] == wanted, at
 
 
+class DoneWithin:
+    """What is done by any model, less a budget of images that are done by older models alone: those are done again.
+
+    A page at a time, in the order of the listing; as `manifest.plan` asks.
+    """
+
+    def __init__(self, by_this: Done, by_any: Done, budget: int) -> None:
+        self._by_this, self._by_any, self._budget = by_this, by_any, budget
+
+    def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        """(needs nothing now, attempts so far) of each identity."""
+        settled, attempts = self._by_any.lookup(identities)
+        older = np.flatnonzero(settled & ~self._by_this.lookup(identities)[0])[: self._budget]
+        self._budget -= len(older)
+        settled[older] = False
+        return settled, attempts
+
+
 def done_before(
     output: str,
-    digest: str,
+    digest: str | None,
     *,
     source: str,
     write: Collection[str],
@@ -197,7 +216,7 @@ def done_before(
 
     Args:
         output: where the table is.
-        digest: the model's.
+        digest: the model's; None: by any model.
         source: the archive.
         write: what is wanted now.
         written_by_run: what each run wrote.

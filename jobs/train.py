@@ -10,7 +10,7 @@ A run is named after the fingerprints of its config and its data: the same call 
 """
 
 import logging
-import os
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
 from torch.optim.swa_utils import AveragedModel
 
@@ -35,7 +36,7 @@ from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_lab
 from jobs.training import Progress, TrainingState, logged
 from unetpp.checkpoint import Pretrained, digest, save_pretrained
 from unetpp.engines import keep_freed_memory
-from unetpp.errors import UnetppError
+from unetpp.errors import ConfigError, UnetppError
 from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import masks_by_level
@@ -43,6 +44,8 @@ from unetpp.predictor import masks_by_level
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
+MAX_MINUTES_WITHOUT_ROOM = 15
+"""Ray Train waits a minute for its workers, then counts a failure and asks again."""
 MAX_WORKER_FAILURES = 3
 
 
@@ -68,7 +71,7 @@ def run(config: TrainConfig) -> TrainResult:
         len(val),
         config.epochs * steps_per_epoch,
     )
-    with local_ray(num_cpus=config.num_workers * _threads(config)):
+    with local_ray(num_cpus=config.num_workers * (config.threads_per_worker or 1)):
         fitted = _fit(config, run_uri, train, val, steps_per_epoch)
         model_uri = storage.join(run_uri, "model")
         best_checkpoint, best = max(fitted.best_checkpoints or (), key=lambda pair: pair[1]["val_mean_iou"])
@@ -88,7 +91,20 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 def _threads(config: TrainConfig) -> int:
-    return config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers)
+    """CPU threads of a worker: what was asked for, else its share of the largest node there is.
+
+    ConfigError where no node has so many CPUs as were asked for.
+    """
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
+    if config.threads_per_worker is None:
+        return max(1, largest // math.ceil(config.num_workers / num_nodes))
+    if 0 < largest < config.threads_per_worker:
+        raise ConfigError(
+            f"threads_per_worker {config.threads_per_worker} is more than the {largest} CPUs of the largest node; "
+            "ask for fewer"
+        )
+    return config.threads_per_worker
 
 
 def _fit(
@@ -118,7 +134,9 @@ def _fit(
             name="checkpoints",
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_MINUTES_WITHOUT_ROOM
+            ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.keep_checkpoints,
                 checkpoint_score_attribute="val_mean_iou",
@@ -134,6 +152,12 @@ def _fit(
         if ours:
             raise ours[0] from None
         raise
+    except ControllerError as error:
+        raise UnetppError(
+            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {config.num_workers} with "
+            f"{trainer.scaling_config.resources_per_worker} each ({error}); make room for them in the cluster, or ask "
+            "for less, then the same command goes on from here"
+        ) from error
 
 
 def train_worker(settings: dict[str, Any]) -> None:

@@ -27,13 +27,13 @@ def test_flows_load_neither_torch_nor_ray_data() -> None:
     assert {"torch", "ray", "ray.data"}.isdisjoint(loaded)
 
 
-@pytest.mark.parametrize("module", ["jobs.cli", "jobs.contract", "jobs.config_file", "unetpp.config"])
+@pytest.mark.parametrize("module", ["flows.cli", "jobs.cli", "jobs.contract", "jobs.config_file", "unetpp.config"])
 def test_the_command_line_and_the_contract_load_no_heavy_library(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert {"torch", "ray", "prefect", "numpy", "pyarrow", "botocore"}.isdisjoint(loaded)
 
 
-@pytest.mark.parametrize("module", ["flows.train", "flows.archive", "flows.nightly"])
+@pytest.mark.parametrize("module", ["flows.train", "flows.archive", "flows.nightly", "flows.backfill"])
 def test_a_flow_command_sets_prefects_environment_before_prefect_is_loaded(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert loaded.index("flows.embedded") < loaded.index("prefect")

@@ -1,0 +1,68 @@
+"""What happens to a job when its flow run ends early. Cancelled: the job is stopped. Crashed: it goes on.
+
+Prefect calls hooks in whatever process is left, with nothing but the flow run: its artifacts name the jobs.
+"""
+
+import logging
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+
+from flows import ray_jobs
+from flows.backends import backend_of
+from flows.publish import JOB_ARTIFACT
+
+logger = logging.getLogger(__name__)
+
+
+def stop_jobs(flow: Any, flow_run: Any, state: Any) -> None:
+    """On cancellation: stop the jobs that the flow run follows, and let them drain."""
+    try:
+        place = (flow_run.parameters.get("config") or {}).get("jobs", "auto")
+        backend = backend_of(place)
+        for name in _followed(flow_run.id):
+            if others := _followers(name) - {str(flow_run.id)}:
+                logger.info("%s goes on: flow run %s follows it too", name, ", ".join(sorted(others)))
+                continue
+            status = backend.status(name)
+            if status is not None and status.state.is_active:
+                logger.info("stopping %s", name)
+                ray_jobs.stop(backend, name)
+    except Exception as error:  # a hook has nobody to raise to
+        logger.warning("the job could not be stopped (%s: %s): stop it by hand", type(error).__name__, error)
+
+
+def leave_jobs(flow: Any, flow_run: Any, state: Any) -> None:
+    """On a crash: nothing but a word. The job goes on, and the next flow run attaches to it."""
+    logger.warning("the flow run crashed; its job goes on, and the next flow run attaches to it")
+
+
+def _followed(flow_run_id: Any) -> set[str]:
+    """Submission ids of the jobs that a flow run started or attached to."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[JOB_ARTIFACT])),
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
+        )
+    return {artifact.description for artifact in found if artifact.description}
+
+
+def _followers(name: str) -> set[str]:
+    """Ids of the flow runs that follow a job and are running."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[JOB_ARTIFACT])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+            ),
+        )
+    return {str(artifact.flow_run_id) for artifact in found if artifact.description == name}

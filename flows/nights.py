@@ -1,0 +1,23 @@
+"""Which night it is: the same for every flow run that belongs to it, whenever it was started."""
+
+from datetime import UTC, date, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+MINUTES_A_DAY = 24 * 60
+
+
+def night_of(moment: datetime, timezone: str, period_minutes: int = MINUTES_A_DAY) -> str:
+    """Name the night that `moment` lies in: `20261124` is from noon of that day to noon of the next.
+
+    Shorter periods, for archives that are looked at several times a day, are named by their first minute, in UTC.
+    """
+    if period_minutes == MINUTES_A_DAY:
+        return f"{moment.astimezone(ZoneInfo(timezone)) - timedelta(hours=12):%Y%m%d}"
+    minutes = int(moment.timestamp()) // 60
+    start = datetime.fromtimestamp((minutes - minutes % period_minutes) * 60, UTC)
+    return f"{start:%Y%m%d%H%M}"
+
+
+def nights_between(first: date, last: date) -> list[date]:
+    """Every night from `first` to `last`, both included."""
+    return [first + timedelta(days=number) for number in range((last - first).days + 1)]

@@ -1,0 +1,69 @@
+"""`unetpp submit <job> ...`: the same job, flags and config, on a cluster instead of here."""
+
+import logging
+import os
+import sys
+
+from pydantic import BaseModel
+
+from flows import ray_jobs
+from flows.backends import backend_of
+from flows.jobs_api import RayJobs
+from flows.ray_jobs import State
+from jobs import storage
+from jobs.config_file import write_command
+from jobs.contract import ExitCode
+from unetpp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PLACES = ("data", "input", "metrics", "model", "models", "out", "output", "result", "run")
+
+
+def submit(job: str, config: BaseModel, *, address: str | None = None, detach: bool | None = None) -> int:
+    """Start a job on a cluster, or attach to the one that does the same, and follow it; Ctrl-C stops it.
+
+    Returns:
+        The job's exit code; 0 when detached.
+
+    Raises:
+        ConfigError: no cluster answers there, or it refuses.
+    """
+    backend = RayJobs(address) if address else backend_of("ray")
+    there = config.model_copy(update={name: _absolute(getattr(config, name, None)) for name in _places(config)})
+    spec: dict[str, object] = {"job": job, "config": there.model_dump(mode="json", exclude={"result"})}
+    name = ray_jobs.submission_id(job, None, spec)
+    metadata = {"by": os.environ.get("USER", "")}
+    # Whoever says it once more wants it done once more, unless it is being done.
+    submission = ray_jobs.ensure(backend, name, write_command(job, there), metadata, is_done=lambda: False, again=True)
+    verb = "attached to" if submission.attached else "started"
+    logger.info("%s %s: %s", verb, submission.submission_id, backend.url(submission.submission_id))
+    if detach:
+        sys.stdout.write(f"{submission.submission_id}\n")
+        return int(ExitCode.DONE)
+    try:
+        status = ray_jobs.follow(backend, submission.submission_id, say=_say, poll_s=2.0)
+    except KeyboardInterrupt:
+        logger.info("stopping %s; what it is at gets time to be finished", submission.submission_id)
+        ray_jobs.stop(backend, submission.submission_id)
+        return int(ExitCode.INTERRUPTED)
+    if status is None:
+        raise ConfigError(f"the cluster lost {submission.submission_id}; say the same again, it goes on from there")
+    if status.state is State.STOPPED:
+        logger.info("%s was stopped; say the same again, it goes on from there", submission.submission_id)
+        return int(ExitCode.INTERRUPTED)
+    return int(ExitCode.OTHER) if status.exit_code is None else status.exit_code
+
+
+def _places(config: BaseModel) -> list[str]:
+    return [name for name in PLACES if isinstance(getattr(config, name, None), str)]
+
+
+def _absolute(place: str | None) -> str | None:
+    """A relative path means here, and the cluster has another one."""
+    return None if place is None else storage.canonical(place)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,85 @@
+"""Which model is current: `<models>/<digest>/` holds a model, the highest `current-<5 digits>.json` names it.
+
+Nothing is ever rewritten: a promotion, and a rollback too, puts the next number.
+"""
+
+import re
+
+from jobs import storage
+from unetpp.config import Frozen, Level
+from unetpp.errors import ConfigError, StorageError
+
+_CURRENT = re.compile(r"current-(\d{5})\.json")
+
+
+class CurrentModel(Frozen):
+    """The content of one `current-<5 digits>.json`."""
+
+    digest: str
+    level: Level
+    val_iou: float
+    labelled_fingerprint: str
+    gate: str
+
+
+def model_uri(models: str, digest: str) -> str:
+    """Return where the model of this digest lives."""
+    return storage.join(models, digest)
+
+
+def current(models: str) -> tuple[int, CurrentModel | None]:
+    """Return the highest number and its model; (0, None) where nothing was promoted yet."""
+    numbers = [
+        int(match[1]) for entry in storage.list_objects(models, missing_ok=True) if (match := _matches(entry.key))
+    ]
+    if not numbers:
+        return 0, None
+    return max(numbers), read(models, max(numbers))
+
+
+def promote(models: str, number: int, model: CurrentModel, source_uri: str) -> bool:
+    """Copy a model to `<models>/<digest>/` and make it number `number`; False if that number is taken."""
+    storage.upload_folder(storage.download_folder(source_uri), model_uri(models, model.digest), last="config.json")
+    content = model.model_dump_json(indent=2).encode()
+    return storage.put_if_absent(storage.join(models, _name(number)), content)
+
+
+def rollback(models: str) -> tuple[int, CurrentModel]:
+    """Make the model that was current before this one current again, by writing the next number.
+
+    ConfigError where there is none.
+    """
+    models = storage.canonical(models)
+    while True:
+        number, now = current(models)
+        if now is None:
+            raise ConfigError(f"{models} has no current model: there is nothing to go back from")
+        history = [read(models, each) for each in range(1, number + 1)]
+        first = next(each for each, model in enumerate(history) if model is not None and model.digest == now.digest)
+        before = next((model for model in reversed(history[:first]) if model is not None), None)
+        if before is None:
+            raise ConfigError(f"{now.digest[:10]} is the first model of {models}: there is none to go back to")
+        if not storage.exists(storage.join(model_uri(models, before.digest), "config.json")):
+            raise ConfigError(f"{model_uri(models, before.digest)} is gone: {models} cannot go back to it")
+        again = before.model_copy(update={"gate": f"rolled back from {now.digest[:10]} (number {number})"})
+        if storage.put_if_absent(storage.join(models, _name(number + 1)), again.model_dump_json(indent=2).encode()):
+            return number + 1, again
+
+
+def read(models: str, number: int) -> CurrentModel | None:
+    """Return the model that was given this number; None where there is no such number."""
+    uri = storage.join(models, _name(number))
+    try:
+        return CurrentModel.model_validate_json(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StorageError(f"{uri} does not name a model: {error}; remove it or write the next number") from None
+
+
+def _name(number: int) -> str:
+    return f"current-{number:05d}.json"
+
+
+def _matches(key: str) -> re.Match[str] | None:
+    return _CURRENT.fullmatch(key)

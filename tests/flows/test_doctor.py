@@ -1,0 +1,66 @@
+"""What the doctor says of a clock and of versions. A whole site is in tests/cluster."""
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from flows.config import DoctorConfig
+from flows.doctor import examine
+
+
+@pytest.fixture
+def clock() -> Iterator[list[float]]:
+    """Seconds that a server's clock, of the URL in AWS_ENDPOINT_URL, is ahead of ours."""
+    ahead = [0.0]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response_only(200)
+            self.send_header("Date", formatdate(time.time() + ahead[0], usegmt=True))
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+            yield ahead
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("ahead_s", "state"), [(0, "ok"), (30, "ok"), (3600, "wrong"), (-3600, "wrong")])
+def test_a_wrong_clock_is_found(clock: list[float], ahead_s: float, state: str) -> None:
+    clock[0] = ahead_s
+    from flows import doctor
+
+    url = doctor._store_url(DoctorConfig(models="s3://models/x"))
+    finding = doctor._check("clock", url, doctor._clock, "")
+    assert finding.state == state
+    assert ("set the clock" in finding.fix) == (state == "wrong")
+
+
+def test_what_was_not_asked_for_says_how_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    findings = {finding.what: finding for finding in examine(DoctorConfig(output=str(tmp_path)))}
+    assert findings["output"].state == "ok"
+    assert findings["disk"].state in ("ok", "wrong")
+    assert {what for what, finding in findings.items() if finding.state == "not asked"} == set(findings) - {
+        "output",
+        "disk",
+    }
+    assert "RAY_API_SERVER_ADDRESS" in findings["ray"].seen
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    findings = {finding.what: finding for finding in examine(DoctorConfig(output=str(tmp_path / "file" / "below")))}
+    assert findings["output"].state == "wrong"
+    assert findings["output"].fix

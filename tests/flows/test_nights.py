@@ -1,0 +1,33 @@
+"""Which night a moment belongs to."""
+
+from datetime import UTC, date, datetime
+
+import pytest
+
+from flows.nights import night_of, nights_between
+
+
+@pytest.mark.parametrize(
+    ("moment", "timezone", "night"),
+    [
+        (datetime(2026, 11, 24, 22, 0, tzinfo=UTC), "UTC", "20261124"),
+        (datetime(2026, 11, 25, 3, 0, tzinfo=UTC), "UTC", "20261124"),
+        (datetime(2026, 11, 25, 11, 59, tzinfo=UTC), "UTC", "20261124"),
+        (datetime(2026, 11, 25, 12, 0, tzinfo=UTC), "UTC", "20261125"),
+        (datetime(2026, 11, 25, 3, 0, tzinfo=UTC), "Pacific/Auckland", "20261125"),
+        (datetime(2026, 10, 24, 22, 30, tzinfo=UTC), "Europe/Berlin", "20261024"),  # the clock goes back this night
+        (datetime(2026, 10, 25, 10, 59, tzinfo=UTC), "Europe/Berlin", "20261024"),
+        (datetime(2026, 10, 25, 11, 0, tzinfo=UTC), "Europe/Berlin", "20261025"),
+    ],
+)
+def test_a_night_is_from_noon_to_noon_where_it_is_night(moment: datetime, timezone: str, night: str) -> None:
+    assert night_of(moment, timezone) == night
+
+
+def test_a_shorter_period_is_named_by_its_first_minute() -> None:
+    names = [night_of(datetime(2026, 11, 24, 22, minute, 59, tzinfo=UTC), "UTC", 3) for minute in (3, 4, 5, 6)]
+    assert names == ["202611242203", "202611242203", "202611242203", "202611242206"]
+
+
+def test_a_range_has_both_its_ends() -> None:
+    assert [night.day for night in nights_between(date(2026, 11, 29), date(2026, 12, 1))] == [29, 30, 1]

@@ -1,0 +1,98 @@
+"""What Prefect is told: every deployment names a flow that is there, with parameters that it takes; every automation
+is one that the server accepts."""
+
+import flows.embedded  # noqa: F401  before Prefect is imported
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.events.schemas.automations import AutomationCore
+from prefect.server.utilities.user_templates import validate_user_template
+
+from flows import automations
+from flows.deploy import FILE, PLACES, POOL
+from jobs.config_file import load_config
+
+CONTENT = yaml.safe_load(FILE.read_text())
+DEPLOYMENTS = {each["name"]: each for each in CONTENT["deployments"]}
+VALUES = {name: f"s3://bucket/{name.lower()}" for name in PLACES} | {"UNETPP_TIMEZONE": "Europe/Berlin"}
+
+
+def filled(node: Any) -> Any:
+    """With the variables that `prefect deploy` fills in."""
+    if isinstance(node, dict):
+        return {name: filled(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [filled(each) for each in node]
+    return re.sub(r"\{\{ \$(\w+) \}\}", lambda found: VALUES[found[1]], node) if isinstance(node, str) else node
+
+
+def test_every_flow_has_a_deployment_and_no_other() -> None:
+    assert set(DEPLOYMENTS) == {"nightly", "train", "archive", "backfill"}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_deployment_names_a_flow_and_begins_with_parameters_that_it_takes(name: str) -> None:
+    deployment = DEPLOYMENTS[name]
+    path, _, function = deployment["entrypoint"].partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), function)
+    assert flow.name == name
+    config_class = flow.fn.__annotations__["config"]
+    given = filled(deployment["parameters"]["config"])
+    assert set(given) <= set(config_class.model_fields)
+    required = {field for field, about in config_class.model_fields.items() if about.is_required()}
+    assert required - set(given) == ({"first", "last"} if name == "backfill" else set())
+    settings = [f"{field}={value}" for field, value in given.items()]
+    load_config(config_class, None, settings + (["first=2026-01-01", "last=2026-01-02"] if name == "backfill" else []))
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_no_deployment_has_a_secret_among_its_parameters(name: str) -> None:
+    assert not re.search(r"secret|password|token|key_id", yaml.safe_dump(DEPLOYMENTS[name]["parameters"]), re.I)
+
+
+def test_nights_do_not_overlap_and_trainings_wait() -> None:
+    strategies = {name: each["concurrency_limit"]["collision_strategy"] for name, each in DEPLOYMENTS.items()}
+    assert strategies == {"nightly": "CANCEL_NEW", "archive": "CANCEL_NEW", "train": "ENQUEUE", "backfill": "ENQUEUE"}
+    assert {each["concurrency_limit"]["limit"] for each in DEPLOYMENTS.values()} == {1}
+    assert {each["work_pool"]["name"] for each in DEPLOYMENTS.values()} == {POOL}
+
+
+def test_every_schedule_has_a_slug_a_zone_and_says_whether_it_is_on() -> None:
+    schedules = [schedule for each in DEPLOYMENTS.values() for schedule in each.get("schedules", [])]
+    assert schedules
+    for schedule in schedules:
+        assert {"slug", "timezone", "active", "cron"} <= set(schedule)
+        hour = int(schedule["cron"].split()[1])
+        assert hour not in (1, 2), "summer time skips or repeats it"
+
+
+@pytest.mark.parametrize("alarm", [None, "01a20dcb-9072-7ea3-8b29-672c4460e246"])
+def test_every_automation_is_one_that_the_server_accepts(alarm: str | None) -> None:
+    found = automations.read(alarm)
+    assert tuple(each["name"] for each in found) == automations.NAMES
+    for content in found:
+        parsed = AutomationCore.model_validate(content)
+        assert parsed.enabled
+        for action in parsed.actions:
+            validate_user_template(getattr(action, "payload", "") or "")
+
+
+def test_a_resumption_is_bounded_by_the_parameters_own_limit() -> None:
+    (resume,) = [each for each in automations.read(None) if each["name"] == "unetpp-resume"]
+    template = resume["actions"][0]["parameters"]["config"]["value"]["template"]
+    validate_user_template(template)
+    assert "resumed" in template
+    from flows.config import ArchiveFlowConfig
+
+    limits = ArchiveFlowConfig.model_json_schema()["properties"]["resumed"]
+    assert (limits["minimum"], limits["maximum"]) == (0, 3)
+
+
+def test_the_doctor_and_the_file_speak_of_the_same_automations() -> None:
+    there = yaml.safe_load(Path(automations.FILE).read_text())["automations"]
+    assert tuple(each["name"] for each in there) == automations.NAMES
