@@ -347,12 +347,13 @@ class Site:
 def free_base_port() -> int:
     """A port that begins a row of free ones; those 10000 above, where SeaweedFS puts gRPC, are free too."""
     for base in range(21000, 22700, 20):
-        if all(_is_free(base + number) and _is_free(base + 10_000 + number) for number in range(13)):
+        if all(is_free(base + number) and is_free(base + 10_000 + number) for number in range(13)):
             return base
     raise SystemExit("there are no free ports between 21000 and 22700")
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a port of loopback."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))

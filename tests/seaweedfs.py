@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sysconfig
 import time
@@ -14,6 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from s3fs import S3FileSystem
+
+from infra.cluster import is_free
 
 KEY_ID, SECRET = "key-of-the-tests", "canary-secret-of-the-tests"
 BUCKETS = ("archive", "output")
@@ -112,15 +113,6 @@ def _free_ports(number: int) -> list[int]:
     found: list[int] = []
     while len(found) < number:
         port = random.SystemRandom().randrange(20_000, 45_000)
-        if port not in found and all(_is_free(candidate) for candidate in (port, port + 10_000)):
+        if port not in found and all(is_free(candidate) for candidate in (port, port + 10_000)):
             found.append(port)
     return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

@@ -67,9 +67,8 @@ def night_config(labelled: str, nuclei: str) -> Config:
 def scheduled_night(nights: Nights, night_config: Config) -> Iterator[dict[str, Any]]:
     """The flow run that a schedule, a minute ahead, has started by itself, and its end."""
     deployment = nights.deployment("nightly")
-    due = (datetime.now(UTC) + timedelta(seconds=135)).replace(
-        second=0
-    )  # at least a minute ahead: it is looked for so often
+    # More than a minute ahead: so often the server looks for new schedules.
+    due = (datetime.now(UTC) + timedelta(seconds=135)).replace(second=0)
     schedule = {
         "active": True,
         "slug": "test",
