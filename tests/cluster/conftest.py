@@ -1,5 +1,6 @@
 """A whole site for the tests: a real Prefect server and worker, a Ray cluster with a token, SeaweedFS; on loopback."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pyarrow.dataset
 import pytest
 import torch
@@ -114,6 +116,40 @@ class Nights:
         root = storage.join(output, "results")
         (name,) = [entry.key for entry in storage.list_objects(root)]
         return storage.read_json(storage.join(root, name))
+
+    # ------------------------------------------------------------------------------------------- kill -9
+
+    def kill_flow(self) -> None:
+        """The process of the flow run that was started last, by whichever worker."""
+        ours = (f"{self.site.prefect_url}/api", "prefect.engine")
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                words = (process.environ().get("PREFECT_API_URL"), *process.cmdline())
+                if all(word in words for word in ours):
+                    found.append(process)
+        max(found, key=psutil.Process.create_time).kill()
+
+    def kill_worker(self) -> None:
+        """The worker alone, not the flow runs that it started; and start another."""
+        worker = self.site.process("worker")
+        assert worker is not None
+        worker.kill()
+        worker.wait(10)
+        self.site.start_worker()
+
+    def kill_server(self) -> None:
+        """Prefect's server; it comes back five seconds later."""
+        self.site.kill("prefect")
+        time.sleep(5)
+        self.site.start_prefect()
+
+    def kill_node(self) -> None:
+        """A Ray node; and start another."""
+        self.site.kill("ray-node-2")
+        self.site.start_ray_node(2)
+
+    # -------------------------------------------------------------------------------------- a person's shell
 
     def unetpp(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """The command, in a shell that sourced the site's environment."""

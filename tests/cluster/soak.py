@@ -114,30 +114,11 @@ def active(nights: Nights) -> list[dict[str, Any]]:
     return found
 
 
-def drain(nights: Nights) -> str:
+def drain(nights: Nights) -> None:
     """Cancel the night that works."""
     for run in active(nights):
         state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
         nights.ask("POST", f"/flow_runs/{run['id']}/set_state", json=state)
-    return "drain"
-
-
-def kill(nights: Nights, what: str) -> str:
-    """kill -9 of the flow's process, of the worker, or of a Ray node; what is a service is started again."""
-    if what == "flow":
-        worker = nights.site.process("worker")
-        for process in worker.children(recursive=True) if worker else []:
-            if "prefect.engine" in " ".join(process.cmdline()):
-                process.kill()
-    elif what == "worker":
-        process = nights.site.process("worker")
-        if process is not None:
-            process.kill()
-        nights.site.start_worker()
-    else:
-        nights.site.kill("ray-node-2")
-        nights.site.start_ray_node(2)
-    return f"kill {what}"
 
 
 def soak(nights: Nights, minutes: float, period_minutes: int, seed: int) -> dict[str, Any]:
@@ -159,19 +140,24 @@ def soak(nights: Nights, minutes: float, period_minutes: int, seed: int) -> dict
         "parameters": {"config": config},
     }
     nights.ask("POST", f"/deployments/{nights.deployment('archive')['id']}/schedules", json=[schedule])
-    acts = [lambda: drain(nights), *(lambda what=what: kill(nights, what) for what in ("flow", "worker", "node"))]
-    acts.append(acts[0])
-    rng.shuffle(acts)
+    acts = {
+        "drain": lambda: drain(nights),
+        "kill the flow": nights.kill_flow,
+        "kill the worker": nights.kill_worker,
+        "kill a node": nights.kill_node,
+    }
+    words = [*acts, "drain"]
+    rng.shuffle(words)
     done: list[tuple[float, str]] = []
     started = time.monotonic()
-    for number, act in enumerate(acts):
-        due = started + 60 * minutes * (number + 1) / (len(acts) + 1)
+    for number, word in enumerate(words):
+        due = started + 60 * minutes * (number + 1) / (len(words) + 1)
         while time.monotonic() < due or not active(nights):
-            if time.monotonic() > give_up:
-                break
+            assert time.monotonic() < give_up, f"no night was at work when it was time to {word}"
             time.sleep(1)
         time.sleep(rng.uniform(0, 15))
-        done.append((round(time.monotonic() - started), act()))
+        acts[word]()
+        done.append((round(time.monotonic() - started), word))
         print(done[-1], Counter(nights.jobs("soak").values()), arrivals.number, flush=True)
     while time.monotonic() < give_up:
         time.sleep(1)

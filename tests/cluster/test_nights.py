@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from flows.jobs_api import RayJobs
@@ -30,14 +28,6 @@ def is_whole(nights: Nights, output: str, number: int = NUM_NUCLEI) -> bool:
     rows = nights.rows(output)
     keys = Counter(row["key"] for row in rows)
     return len(keys) == number and set(keys.values()) == {1} and not any(row["error_code"] for row in rows)
-
-
-def flow_process(nights: Nights) -> psutil.Process:
-    """The process of the flow run that the worker has started."""
-    worker = nights.site.process("worker")
-    assert worker is not None
-    (found,) = [each for each in worker.children(recursive=True) if "prefect.engine" in " ".join(each.cmdline())][-1:]
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ a scheduled night
@@ -231,30 +221,7 @@ def test_a_cancelled_night_stops_its_job_and_the_next_one_finishes_the_rest(
     assert sorted(nights.jobs(output).values()) == ["STOPPED", "SUCCEEDED"]
 
 
-def kill_flow(nights: Nights) -> None:
-    flow_process(nights).kill()
-
-
-def kill_worker(nights: Nights) -> None:
-    worker = nights.site.process("worker")
-    assert worker is not None
-    worker.kill()
-    worker.wait(10)
-    nights.site.start_worker()
-
-
-def kill_server(nights: Nights) -> None:
-    nights.site.kill("prefect")
-    time.sleep(5)
-    nights.site.start_prefect()
-
-
-def kill_node(nights: Nights) -> None:
-    nights.site.kill("ray-node-2")
-    nights.site.start_ray_node(2)
-
-
-@pytest.mark.parametrize("kill", [kill_flow, kill_worker, kill_server, kill_node])
+@pytest.mark.parametrize("kill", [Nights.kill_flow, Nights.kill_worker, Nights.kill_server, Nights.kill_node])
 def test_whatever_is_killed_the_table_is_whole_and_one_job_did_it(
     nights: Nights, archive_config: Config, kill: Any
 ) -> None:
@@ -284,7 +251,7 @@ def test_a_crashed_night_is_resumed_by_the_server_with_the_same_parameters(
     output = archive_config["output"]
     run = nights.start("archive", archive_config)
     wait_for(lambda: nights.is_working(output), 120, lambda: nights.log(run))
-    kill_flow(nights)
+    nights.kill_flow()
     assert nights.ended(run, 120)["type"] == "CRASHED"
 
     def resumed() -> list[dict[str, Any]]:
