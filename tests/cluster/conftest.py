@@ -29,6 +29,7 @@ from unetpp.checkpoint import digest, save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.model import UNetPlusPlus
 
+LOG_PAGE = 200
 ACTIVE = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED")
 
 
@@ -72,10 +73,15 @@ class Nights:
         return self.state(run)
 
     def log(self, run: str) -> str:
-        found = self.ask(
-            "POST", "/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
-        )
-        return "\n".join(line["message"] for line in found)
+        """Every line of a flow run's log; the server gives them a page at a time."""
+        wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": LOG_PAGE}
+        lines: list[str] = []
+        while len(lines) % LOG_PAGE == 0:
+            page = self.ask("POST", "/logs/filter", json={**wanted, "offset": len(lines)})
+            if not page:
+                break
+            lines += [line["message"] for line in page]
+        return "\n".join(lines)
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         """By key, the newest one."""
