@@ -37,6 +37,9 @@ def fingerprint(content: BaseModel | dict[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------ train
 
 
+WorkerBounds = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
 class TrainOptions(Frozen):
     """How to train, wherever the data is: the part of `TrainConfig` that a flow's config holds."""
 
@@ -47,35 +50,71 @@ class TrainOptions(Frozen):
     train_split: str = Field("train", description="rows of splits.csv to train on")
     val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
-    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers")
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers, however many")
+    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="crops a worker computes at once, where its share does not fit into memory; default: all"
+    )
     epochs: Annotated[int, Field(ge=1)] = Field(20, description="validations, and checkpoints, of the whole run")
     steps_per_epoch: Annotated[int, Field(ge=1)] | None = Field(
         None, description="optimiser steps between two validations; default: every training image once"
     )
+    max_time: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = Field(
+        None, description="time for training, such as 6h or 90m: the learning rate falls in time, and the run ends"
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="end after so many epochs without a better validation; default: never"
+    )
+    init: str | None = Field(
+        None, description="model folder or URI to start from: its nodes and heads are taken by name (fine-tuning)"
+    )
+    optimiser: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="largest step size of the optimiser")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="steps over which the learning rate rises")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="pull of the weights towards zero")
+    max_gradient_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="longer gradients are cut to this length; default: never"
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.998, description="moving average of the weights; 0: off")
+    freeze_norm: bool = Field(False, description="keep BatchNorm's statistics as they are, with init")
     head_weights: dict[Level, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="weight of each level's loss; default: equal"
     )
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="weight of each class's pixels in the cross-entropy, background first; default: equal"
+    )
+    distillation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a shallower head's loss that is measured against the teacher's probabilities"
+    )
+    teacher: Literal["deepest", "mean"] = Field("deepest", description="whose probabilities: one head's, or the mean")
     balance_by: str | None = Field(None, description="column of splits.csv whose groups are sampled by group_weights")
     group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="share of crops a group of balance_by; default: equal"
     )
     augment: AugmentConfig = AugmentConfig()
     seed: int = Field(0, description="of the first weights, the crops and their augmentation")
-    num_workers: Annotated[int, Field(ge=1)] = Field(1, description="processes that share every batch")
+    num_workers: WorkerBounds = Field(
+        1, description="processes that share every batch; [1, 8]: as many as there is room for, and one is enough"
+    )
     threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads a worker; default: its share of a node's CPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the convolutions, by autocast; auto: bfloat16 on a GPU, else float32"
+    )
+    compile: bool = Field(False, description="torch.compile the network: a minute or more at the start, then faster")
+    recompute: bool = Field(False, description="keep less for the backward pass: less memory, a third more time")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
+        2, description="checkpoints kept: the last one, and the best of the others"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_workers {self.num_workers}")
+        fewest, most = self.worker_bounds
+        if fewest > most:
+            raise ValueError(f"num_workers [{fewest}, {most}]: the first must be at most the second")
+        if self.batch_size < most:
+            raise ValueError(f"batch_size {self.batch_size} must be at least num_workers {most}: one crop a worker")
         if self.group_weights is not None and self.balance_by is None:
             raise ValueError("group_weights needs balance_by, the column that names the groups")
         if self.head_weights is not None and set(self.head_weights) != set(self.model.head_levels):
@@ -83,7 +122,24 @@ class TrainOptions(Frozen):
                 f"head_weights names levels {sorted(self.head_weights)}, "
                 f"the model has heads {list(self.model.head_levels)}"
             )
+        num_weights = max(2, self.model.num_classes)
+        if self.class_weights is not None and (len(self.class_weights) != num_weights or not any(self.class_weights)):
+            raise ValueError(f"class_weights must be {num_weights} values, not all 0, got {list(self.class_weights)}")
+        if self.freeze_norm and self.init is None:
+            raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
         return self
+
+    @property
+    def worker_bounds(self) -> tuple[int, int]:
+        """The fewest workers that are enough, and the most that are used."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        if self.max_time is None:
+            return None
+        return float(self.max_time[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.max_time[-1]]
 
 
 class TrainConfig(TrainOptions):
@@ -95,7 +151,16 @@ class TrainConfig(TrainOptions):
 
     def run_fingerprint(self) -> str:
         """What must be equal for a run to be resumed: everything that changes the weights."""
-        changes_nothing = {"result", "output", "name", "threads_per_worker", "keep_checkpoints", "device"}
+        changes_nothing = {
+            "result",
+            "output",
+            "name",
+            "num_workers",
+            "threads_per_worker",
+            "device",
+            "recompute",
+            "keep_checkpoints",
+        }
         return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
 
 

@@ -3,7 +3,8 @@
 A run is named after the fingerprints of its config and its data: the same call resumes it, a changed one starts anew.
 
 ```
-<output>/<name>-<fingerprint>/checkpoints/   Ray Train's: best and last epochs, resumed by name
+<output>/<name>-<fingerprint>/checkpoints/   best and last epochs, see jobs.checkpoints
+<output>/<name>-<fingerprint>/records/       epochs.csv, and events for TensorBoard
 <output>/<name>-<fingerprint>/model/         the best epoch, exported
 <output>/<name>-<fingerprint>/result.json    written last
 ```
@@ -13,37 +14,29 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
-import torch
-import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
-from torch.optim.swa_utils import AveragedModel
 
-from jobs import storage
+from jobs import checkpoints, storage
+from jobs.checkpoints import EpochMetrics
 from jobs.cluster import local_ray
 from jobs.config_file import write_command
 from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_labelled_set
-from jobs.training import Progress, TrainingState, logged
+from jobs.train_records import logged
+from jobs.train_worker import is_over, train_worker
+from jobs.training import trained_network
 from unetpp.checkpoint import Pretrained, digest, save_pretrained
-from unetpp.engines import keep_freed_memory
-from unetpp.errors import ConfigError, UnetppError
-from unetpp.metrics import confusion_counts, iou
-from unetpp.model import UNetPlusPlus
-from unetpp.predictor import masks_by_level
+from unetpp.errors import ConfigError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.pt"
 MAX_MINUTES_WITHOUT_ROOM = 15
 """Ray Train waits a minute for its workers, then counts a failure and asks again."""
 MAX_WORKER_FAILURES = 3
@@ -71,19 +64,19 @@ def run(config: TrainConfig) -> TrainResult:
         len(val),
         config.epochs * steps_per_epoch,
     )
-    with local_ray(num_cpus=config.num_workers * (config.threads_per_worker or 1)):
-        fitted = _fit(config, run_uri, train, val, steps_per_epoch)
-        model_uri = storage.join(run_uri, "model")
-        best_checkpoint, best = max(fitted.best_checkpoints or (), key=lambda pair: pair[1]["val_mean_iou"])
-        model_digest = _export(config, labelled, best_checkpoint, best, model_uri)
+    with local_ray(num_cpus=config.worker_bounds[1] * (config.threads_per_worker or 1)):
+        _fit(config, run_uri, train, val, steps_per_epoch)
+    model_uri = storage.join(run_uri, "model")
+    best, model_digest = _export(config, labelled, run_uri, model_uri)
+    last = checkpoints.complete(run_uri)[0].metrics
     result = TrainResult(
         run=name,
         model_uri=model_uri,
         digest=model_digest,
-        epochs=config.epochs,
-        steps=steps_per_epoch * config.epochs,
-        best_epoch=best["epoch"],
-        val_iou={int(level[1:]): value for level, value in best["val_iou"].items() if level != "accurate"},
+        epochs=last.epoch + 1,
+        steps=last.step,
+        best_epoch=best.epoch,
+        val_iou={int(level[1:]): value for level, value in best.val_iou.items() if level != "accurate"},
         seconds=time.monotonic() - started,
     )
     storage.write_bytes(result_uri, result.model_dump_json(indent=2).encode())
@@ -98,7 +91,7 @@ def _threads(config: TrainConfig) -> int:
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
     if config.threads_per_worker is None:
-        return max(1, largest // math.ceil(config.num_workers / num_nodes))
+        return max(1, largest // math.ceil(config.worker_bounds[1] / num_nodes))
     if 0 < largest < config.threads_per_worker:
         raise ConfigError(
             f"threads_per_worker {config.threads_per_worker} is more than the {largest} CPUs of the largest node; "
@@ -109,44 +102,45 @@ def _threads(config: TrainConfig) -> int:
 
 def _fit(
     config: TrainConfig, run_uri: str, train: list[LabelledImage], val: list[LabelledImage], steps_per_epoch: int
-) -> ray.train.Result:
+) -> None:
+    """Train to the end of the run, through the deaths of workers; the checkpoints are the result."""
+    if is_over(config, next((each.history for each in checkpoints.complete(run_uri)), ())):
+        return
     use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     with storage.arrow(run_uri) as (filesystem, storage_path):
         pass
-    news = Queue(actor_options={"num_cpus": 0})
+    news, threads = Queue(actor_options={"num_cpus": 0}), _threads(config)
+    fewest, most = config.worker_bounds
     trainer = TorchTrainer(
         train_worker,
         # The images are decoded once, and shared by the workers of a node through the object store.
         train_loop_config={
             "config": config,
+            "run_uri": run_uri,
             "train": ray.put(train),
             "val": ray.put(val),
             "steps_per_epoch": steps_per_epoch,
+            "threads": threads,
             "news": news,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1 if use_gpu else _threads(config)},
+            resources_per_worker={"CPU": 1 if use_gpu else threads},
         ),
         run_config=RunConfig(
-            name="checkpoints",
+            name="ray",
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_MINUTES_WITHOUT_ROOM
             ),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.keep_checkpoints,
-                checkpoint_score_attribute="val_mean_iou",
-                checkpoint_score_order="max",
-            ),
         ),
     )
     try:
         with logged(news):
-            return trainer.fit()
+            trainer.fit()
     except WorkerGroupError as error:
         ours = [cause for cause in error.worker_failures.values() if isinstance(cause, UnetppError)]
         if ours:
@@ -154,100 +148,32 @@ def _fit(
         raise
     except ControllerError as error:
         raise UnetppError(
-            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {config.num_workers} with "
+            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {fewest} with "
             f"{trainer.scaling_config.resources_per_worker} each ({error}); make room for them in the cluster, or ask "
             "for less, then the same command goes on from here"
         ) from error
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What every worker runs: epochs of steps, each epoch validated at every level and reported with a checkpoint."""
-    keep_freed_memory()
-    config: TrainConfig = settings["config"]
-    train, val = ray.get([settings["train"], settings["val"]])
-    steps_per_epoch: int = settings["steps_per_epoch"]
-    context = ray.train.get_context()
-    progress = Progress(settings["news"] if context.get_world_rank() == 0 else None, config.epochs, steps_per_epoch)
-    rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(_threads(config))
-    state = TrainingState(config, config.epochs * steps_per_epoch, device)
-    sampler = CropSampler(train, config)
-    first_epoch = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as checkpoint_dir:
-            first_epoch = state.restore(Path(checkpoint_dir) / STATE, device)
-    for epoch in range(first_epoch, config.epochs):
-        started = time.monotonic()
-        state.model.train()
-        losses: list[float] = []
-        for x_BCHW, target_BHW in sampler.batches(epoch, steps_per_epoch, rank, world_size):
-            losses.append(state.step(x_BCHW.to(device), target_BHW.to(device), config.head_weights))
-            progress.step(epoch, losses)
-        val_iou = _validate(state.averaged, val[rank::world_size], len(val), world_size)
-        metrics = {
-            "epoch": epoch,
-            "loss": sum(losses) / len(losses),
-            "val_iou": val_iou,
-            "val_mean_iou": sum(val_iou.values()) / len(val_iou),
-            "seconds": time.monotonic() - started,
-        }
-        progress.epoch(metrics)
-        _report(state, metrics, rank)
-
-
-def _validate(
-    model: UNetPlusPlus, images: Sequence[LabelledImage], num_images: int, world_size: int
-) -> dict[str, float]:
-    """Mean per-image IoU of every level and of accurate mode, over the images of all workers."""
-    model.eval()
-    names = [f"L{level}" for level in model.config.head_levels]
-    names += ["accurate"] if len(names) > 1 else []
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    for image in images:
-        masks = masks_by_level(model, image.image_HWC)
-        sums += torch.tensor(
-            [iou(confusion_counts(masks[name], image.target_HW, model.config.num_classes)) for name in names]
-        )
-    if world_size > 1:
-        sums = sums.to(next(model.parameters()).device)
-        dist.all_reduce(sums)
-    return dict(zip(names, (sums / num_images).tolist(), strict=True))
-
-
-def _report(state: TrainingState, metrics: dict[str, Any], rank: int) -> None:
-    with tempfile.TemporaryDirectory() as checkpoint_dir:
-        checkpoint = None
-        if rank == 0:
-            state.save(Path(checkpoint_dir) / STATE, metrics["epoch"])
-            checkpoint = Checkpoint.from_directory(checkpoint_dir)
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{metrics['epoch']:04d}")
-
-
-def _export(
-    config: TrainConfig, labelled: LabelledSet, checkpoint: Checkpoint, metrics: dict[str, Any], model_uri: str
-) -> str:
-    """Write the averaged weights of a checkpoint as a model folder; returns its digest."""
-    model = UNetPlusPlus(config.model)
-    average = AveragedModel(model, use_buffers=True)
-    with checkpoint.as_directory() as checkpoint_dir:
-        saved = torch.load(Path(checkpoint_dir) / STATE, map_location="cpu", weights_only=True)
-    average.load_state_dict(saved["average"])
-    model.load_state_dict(average.module.state_dict())
-    model.eval()
+def _export(config: TrainConfig, labelled: LabelledSet, run_uri: str, model_uri: str) -> tuple[EpochMetrics, str]:
+    """Write the averaged weights of the best epoch as a model folder; that epoch, and the model's digest."""
+    found = checkpoints.best(run_uri)
+    if found is None:
+        raise StorageError(f"{run_uri} has no checkpoint that is whole: say the same command again to train it anew")
+    checkpoint, content = found
+    model = trained_network(config.model, content)
     training = {
         "command": write_command("train", config.model_copy(update={"result": None})),
         "seed": config.seed,
         "config": config.model_dump(mode="json", exclude={"model", "result"}),
         "data_fingerprint": labelled.fingerprint,
         "num_training_images": len(labelled.split(config.train_split)),
-        "epoch": metrics["epoch"],
-        "val_iou": metrics["val_iou"],
+        "epoch": checkpoint.epoch,
+        "val_iou": checkpoint.metrics.val_iou,
     }
     with tempfile.TemporaryDirectory() as model_dir:
         save_pretrained(model, model_dir, Pretrained(model=config.model, training=training))
         storage.upload_folder(model_dir, model_uri, last="config.json")
-    return digest(model)
+    return checkpoint.metrics, digest(model)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,68 @@
-"""What a training worker carries from step to step, and how it tells the driver."""
+"""What a training worker carries from step to step: weights, their moving average, optimiser, schedule."""
 
-import logging
+import contextlib
+import io
 import math
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from ray.train.torch import prepare_model
-from ray.util.queue import Empty, Queue
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from jobs.contract import TrainConfig
-from unetpp.errors import ConfigError
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError, UnetppError
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
 
-logger = logging.getLogger(__name__)
+MAX_SKIPPED = 10
+"""Steps in a row without a finite gradient, after which training has diverged."""
 
-PROGRESS_S = 30
+Batch = tuple[Tensor, Tensor]
+"""x_BCHW float32 and target_BHW uint8."""
+
+
+class DivergedError(UnetppError):
+    """The gradient stayed without meaning for MAX_SKIPPED steps."""
 
 
 class TrainingState:
-    """What an epoch changes and a checkpoint holds: weights, their moving average, optimiser, schedule."""
+    """What a step changes and a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, num_steps: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        num_steps: int,
+        device: torch.device,
+        initial: UNetPlusPlus | None = None,
+        learning_rate_factor: float = 1.0,
+    ) -> None:
+        """Begin with the weights of `initial`, else with random ones of the config's seed."""
+        self.config, self.device, self.num_steps = config, device, num_steps
+        self.seconds, self.num_skipped, self.learning_rate_factor = 0.0, 0, learning_rate_factor
+        self._skipped_in_a_row = 0
         torch.manual_seed(config.seed)
-        model = UNetPlusPlus(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = AveragedModel(model, avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
-        self.model = prepare_model(model)
-        self.optimiser = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, _warm_up_and_cosine(config.warmup_steps, num_steps)
-        )
-        self.parts: dict[str, Any] = {
-            "model": model,
+        network = UNetPlusPlus(config.model)
+        if initial is not None:
+            take_weights(network, initial)
+        network.recompute = config.recompute
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = AveragedModel(self.network, avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
+        self._trained = prepare_model(self.network)
+        self._forward = torch.compile(self._trained) if config.compile else self._trained
+        self.optimiser = _optimiser(self.network, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: self._learning_rate(step))
+        self._autocast_type = _autocast_type(config, device)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._autocast_type is torch.float16)
+        self._parts: dict[str, Any] = {
+            "model": self.network,
             "average": self.average,
             "optimiser": self.optimiser,
             "schedule": self.schedule,
+            "scaler": self._scaler,
         }
 
     @property
@@ -50,36 +72,128 @@ class TrainingState:
         assert isinstance(network, UNetPlusPlus)
         return network
 
-    def save(self, path: Path, epoch: int) -> None:
-        """Write everything that the next epoch starts from."""
-        torch.save({"epoch": epoch, **{name: part.state_dict() for name, part in self.parts.items()}}, path)
+    @property
+    def num_steps_done(self) -> int:
+        """Steps so far, those without a finite gradient included."""
+        return int(self.schedule.last_epoch)
 
-    def restore(self, path: Path, device: torch.device) -> int:
-        """Read it back and return the next epoch."""
-        saved = torch.load(path, map_location=device, weights_only=True)
-        for name, part in self.parts.items():
+    def save(self) -> bytes:
+        """Everything that the next step starts from."""
+        content = {name: part.state_dict() for name, part in self._parts.items()}
+        content["counters"] = {
+            "seconds": self.seconds,
+            "num_skipped": self.num_skipped,
+            "learning_rate_factor": self.learning_rate_factor,
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def restore(self, content: bytes) -> None:
+        """Read it back."""
+        saved = torch.load(io.BytesIO(content), map_location=self.device, weights_only=True)
+        for name, value in saved.pop("counters").items():
+            setattr(self, name, value)
+        for name, part in self._parts.items():
             part.load_state_dict(saved[name])
-        return int(saved["epoch"]) + 1
 
-    def step(self, x_BCHW: torch.Tensor, target_BHW: torch.Tensor, head_weights: dict[int, float] | None) -> float:
-        """One optimiser step; the loss. ConfigError when it is not finite."""
-        loss = deep_supervision_loss(self.model(x_BCHW), target_BHW, head_weights)
-        if not loss.isfinite():
-            raise ConfigError(
-                f"the loss became {loss.item()}; lower learning_rate, or look for broken values in the data"
-            )
+    def train(self) -> None:
+        """Go into training mode; frozen normalisation stays as it is."""
+        self._trained.train()
+        if self.config.freeze_norm:
+            for module in self.network.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+
+    def step(self, micro_batches: Sequence[Batch], world_size: int) -> Tensor:
+        """One optimiser step over this worker's part of a batch; its part of the loss, a scalar on the device.
+
+        The parts of all workers add up to the mean loss of the whole batch, however it was shared out. A step whose
+        gradient is not finite changes nothing; DivergedError after MAX_SKIPPED of them in a row.
+        """
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
+        losses = []
+        for number, (x_BCHW, target_BHW) in enumerate(micro_batches, start=1):
+            with self._synchronised(number == len(micro_batches)):
+                x_BCHW, target_BHW = x_BCHW.to(self.device), target_BHW.to(self.device)
+                loss = self._loss(x_BCHW, target_BHW) * (len(x_BCHW) / self.config.batch_size)
+                self._scaler.scale(loss * world_size).backward()  # the workers' gradients are averaged, not added
+            losses.append(loss.detach())
+        self._scaler.unscale_(self.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm or math.inf)
+        if bool(norm.isfinite()):
+            self._skipped_in_a_row = 0
+            self._scaler.step(self.optimiser)
+            self.average.update_parameters(self.network)
+        else:
+            self.num_skipped, self._skipped_in_a_row = self.num_skipped + 1, self._skipped_in_a_row + 1
+            if self._skipped_in_a_row > MAX_SKIPPED:
+                raise DivergedError(f"{MAX_SKIPPED} steps in a row had no finite gradient")
+        self._scaler.update()
         self.schedule.step()
-        self.average.update_parameters(self.parts["model"])
-        return loss.item()
+        return torch.stack(losses).sum()
+
+    def _loss(self, x_BCHW: Tensor, target_BHW: Tensor) -> Tensor:
+        config, half = self.config, self._autocast_type
+        with torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None):
+            logits = self._forward(x_BCHW)
+        return deep_supervision_loss(
+            logits,
+            target_BHW,
+            config.head_weights,
+            class_weights=config.class_weights,
+            distillation=config.distillation,
+            teacher=config.teacher,
+        )
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Only the last part of an accumulated gradient is exchanged between the workers."""
+        if last or not isinstance(self._trained, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._trained.no_sync()
+
+    def _learning_rate(self, step: int) -> float:
+        """Warm-up, then half a cosine over the steps, or over the time there is if that ends first."""
+        if step < self.config.warmup_steps:
+            return self.learning_rate_factor * (step + 1) / self.config.warmup_steps
+        share = (step - self.config.warmup_steps) / max(1, self.num_steps - self.config.warmup_steps)
+        if self.config.max_seconds is not None:
+            share = max(share, self.seconds / self.config.max_seconds)
+        return self.learning_rate_factor * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def _warmed_up_average(decay: float) -> Callable[..., torch.Tensor]:
+def take_weights(network: UNetPlusPlus, initial: UNetPlusPlus) -> None:
+    """Copy the nodes and heads that both have. ConfigError where one of `network` is absent or has another shape."""
+    have = initial.state_dict()
+    for name, tensor in network.state_dict().items():
+        if name not in have or have[name].shape != tensor.shape:
+            seen = f"of shape {tuple(have[name].shape)}" if name in have else "absent"
+            raise ConfigError(
+                f"init: {name} is {seen} in the model to start from, this one wants {tuple(tensor.shape)}; "
+                "model.filters, norm, upsample and in_channels must be the same, and level at most as deep"
+            )
+    network.load_state_dict({name: have[name] for name in network.state_dict()})
+
+
+def _optimiser(network: UNetPlusPlus, config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _autocast_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The type of the convolutions; None for float32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
+
+
+def _warmed_up_average(decay: float) -> Callable[..., Tensor]:
     """Exponential moving average whose early steps forget the random start faster."""
 
-    def average(averaged: torch.Tensor, current: torch.Tensor, num_averaged: torch.Tensor | int) -> torch.Tensor:
+    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
         n = float(num_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         return torch.lerp(averaged, current, weight) if averaged.is_floating_point() else current
@@ -87,66 +201,10 @@ def _warmed_up_average(decay: float) -> Callable[..., torch.Tensor]:
     return average
 
 
-def _warm_up_and_cosine(warmup_steps: int, num_steps: int) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor
-
-
-class Progress:
-    """Sentences for the driver's log: one an epoch, and one now and then between. Silent without a channel."""
-
-    def __init__(self, news: Queue | None, num_epochs: int, steps_per_epoch: int) -> None:
-        self.news = news
-        self.num_epochs = num_epochs
-        self.steps_per_epoch = steps_per_epoch
-        self._told = time.monotonic()
-
-    def step(self, epoch: int, losses: list[float]) -> None:
-        """Say how far the epoch is, at most every PROGRESS_S seconds."""
-        if self.news is not None and time.monotonic() - self._told > PROGRESS_S:
-            recent = losses[-20:]
-            self._tell(
-                f"epoch {epoch + 1}/{self.num_epochs}  step {len(losses)}/{self.steps_per_epoch}  "
-                f"loss {sum(recent) / len(recent):.4f}"
-            )
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        """Say how the epoch ended."""
-        levels = "  ".join(f"{name} {value:.4f}" for name, value in metrics["val_iou"].items())
-        self._tell(
-            f"epoch {metrics['epoch'] + 1}/{self.num_epochs}  loss {metrics['loss']:.4f}  val IoU {levels}  "
-            f"{metrics['seconds']:.0f} s"
-        )
-
-    def _tell(self, sentence: str) -> None:
-        self._told = time.monotonic()
-        if self.news is not None:
-            self.news.put(sentence)
-
-
-@contextmanager
-def logged(news: Queue) -> Iterator[None]:
-    """Log what the workers tell, while the block runs."""
-    over = threading.Event()
-
-    def listen() -> None:
-        while True:
-            try:
-                logger.info(news.get(timeout=1))
-            except Empty:
-                if over.is_set():
-                    return
-
-    listener = threading.Thread(target=listen, name="training progress")
-    listener.start()
-    try:
-        yield
-    finally:
-        over.set()
-        listener.join()
-        news.shutdown()
+def trained_network(model: ModelConfig, content: bytes) -> UNetPlusPlus:
+    """The averaged network of a saved state, in eval mode on the CPU."""
+    network = UNetPlusPlus(model)
+    average = AveragedModel(network, use_buffers=True)
+    average.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["average"])
+    network.load_state_dict(average.module.state_dict())
+    return network.eval()

@@ -118,7 +118,7 @@ def digest(model: UNetPlusPlus, **decision: str) -> str:
     A full model asked for level L and its pruned export have one digest: they compute the same masks.
     """
     sha = hashlib.sha256()
-    config = model.config.model_dump(mode="json")
+    config = model.config.model_dump(mode="json", exclude={"ignore_index"})  # of the labels: it changes no mask
     if len(model.config.head_levels) == 1:
         config["deep_supervision"] = False
     config["filters"] = config["filters"][: model.config.level + 1]

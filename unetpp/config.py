@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Level = Annotated[int, Field(ge=1, le=4)]
 """Pruning level L1..L4: the network that ends in node X^{0,L} (Zhou et al. 2018, figure 2)."""
 
+IGNORE = 255
+"""Target value of pixels that are not labelled: they count in no loss and in no score. No class has this id."""
+
 PixelType = Literal["uint8", "uint16", "float32"]
 
 
@@ -51,6 +54,9 @@ class ModelConfig(Frozen):
     deep_supervision: bool = Field(True, description="a head at every level; without it only at the deepest")
     pad_multiple: Literal[16, 32, 64] = Field(16, description="images are padded to this multiple at every level")
     pad_mode: Literal["replicate"] = Field("replicate", description="reflect would fail on one-pixel images")
+    ignore_index: Literal[255] | None = Field(
+        None, description="mask value of pixels that are not labelled: 255, or none; they count in no loss and no score"
+    )
     value_range: ValueRange = ValueRange()
     gamma: Annotated[float, Field(gt=0)] = Field(
         1.0, description="exponent on values in 0..1; below 1 it lifts dim structures out of a dark ground"

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from unetpp.config import IGNORE
+
 Counts = NDArray[np.int64]
 """Pixels by (true positive, false positive, false negative), shape K, 3: one row a foreground class."""
 
@@ -13,7 +15,12 @@ Values = Sequence[float] | NDArray[np.float64]
 
 
 def confusion_counts(mask_HW: NDArray[np.uint8], target_HW: NDArray[np.uint8], num_classes: int) -> Counts:
-    """Counts of each foreground class: 1 alone for binary masks (num_classes 1), else 1..num_classes-1."""
+    """Counts of each foreground class: 1 alone for binary masks (num_classes 1), else 1..num_classes-1.
+
+    Pixels whose target is `IGNORE` do not count.
+    """
+    if (ignored_HW := target_HW == IGNORE).any():
+        mask_HW, target_HW = mask_HW[~ignored_HW], target_HW[~ignored_HW]
     classes = range(1, max(num_classes, 2))
     return np.array(
         [

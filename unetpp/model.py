@@ -9,9 +9,13 @@ H is twice (3x3 convolution, norm, ReLU), U an upsampling by 2. A head is a 1x1 
 Written from the equations alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
@@ -54,6 +58,8 @@ class UNetPlusPlus(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """In training, compute the inside of the nodes twice instead of keeping it for the backward pass."""
         filters = config.filters
         self.nodes = nn.ModuleDict()
         self.ups = nn.ModuleDict()
@@ -92,7 +98,8 @@ class UNetPlusPlus(nn.Module):
             else:
                 assert x_BCHW is not None
                 inputs = x_BCHW
-            grid[i, j] = self.nodes[node_name(i, j)](inputs)
+            node = self.nodes[node_name(i, j)]
+            grid[i, j] = _recomputed(node, inputs) if self.recompute and self.training else node(inputs)
 
     def forward(self, x_BCHW: Tensor) -> dict[int, Tensor]:
         """Logits of every head.
@@ -129,6 +136,27 @@ class UNetPlusPlus(nn.Module):
         multiple = self.config.pad_multiple
         bottom, right = -height % multiple, -width % multiple
         return F.pad(x_BCHW, (0, right, 0, bottom), mode=self.config.pad_mode) if bottom or right else x_BCHW
+
+
+def _recomputed(node: nn.Module, inputs: Tensor) -> Tensor:
+    """The node's output, of which only the inputs are kept for the backward pass (Chen et al. 2016)."""
+    return checkpoint(node, inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_left(node)))
+
+
+@contextmanager
+def _statistics_left(node: nn.Module) -> Iterator[None]:
+    """A second computation of the same batch must not count in BatchNorm's running statistics."""
+    norms = [layer for layer in node.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.sub_(1)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,16 +1,25 @@
 """Training on a real Ray: it learns, resumes by name, starts anew when something changed, and adds up over workers."""
 
+import csv
 import json
+import shutil
+import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import torch
+from tensorboardX.proto import event_pb2
 
-from jobs.contract import SynthConfig, TrainConfig
+from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
+from jobs.prune import run as prune
 from jobs.synth import run as synthesise
 from jobs.train import run
 from unetpp.checkpoint import from_pretrained, read_pretrained
@@ -74,7 +83,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     config_file.write_text(asked.model_dump_json())
     process = run_unetpp("train", "--config", config_file)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("disturbed/*/checkpoints/epoch_0001/state.pt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("disturbed/*/checkpoints/epoch_0001/complete.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     kill_tree(process)
@@ -85,15 +94,116 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     assert resumed.val_iou == undisturbed.val_iou
 
 
-def test_two_workers_equal_one(data_dir: Path, tmp_path: Path) -> None:
-    """Without BatchNorm, whose statistics are a worker's own, the workers' mean gradient is the whole batch's."""
-    model = {"level": 1, "filters": [4, 8], "norm": "none"}
-    results = [
-        run(config(data_dir, tmp_path / str(number), model=model, num_workers=number, epochs=1)) for number in (1, 2)
-    ]
-    one, two = (from_pretrained(result.model_uri).state_dict() for result in results)
-    for name, weights in one.items():
-        torch.testing.assert_close(weights, two[name], rtol=1e-4, atol=1e-5, msg=name)
+SAME_STEPS = {
+    "model": {"level": 2, "filters": [4, 8, 16], "norm": "none"},
+    "optimiser": "sgd",
+    "learning_rate": 0.01,
+    "epochs": 20,
+    "steps_per_epoch": 1,
+}
+"""Twenty steps whose losses are the epochs': without BatchNorm, whose statistics are a worker's own."""
+
+
+def losses(result: TrainResult) -> list[float]:
+    with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
+        return [float(row["loss"]) for row in csv.DictReader(table)]
+
+
+@pytest.fixture(scope="module")
+def one_worker(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return run(config(data_dir, tmp_path_factory.mktemp("one"), **SAME_STEPS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_workers": 2},
+        {"num_workers": 3},  # of four crops one gets two
+        {"num_workers": [1, 2]},
+        {"micro_batch": 1},
+        {"num_workers": 2, "micro_batch": 1},
+        {"recompute": True},
+    ],
+)
+def test_a_batch_is_the_same_however_it_is_shared_out(
+    data_dir: Path, tmp_path: Path, one_worker: TrainResult, change: dict[str, object]
+) -> None:
+    shared_out = run(config(data_dir, tmp_path, **SAME_STEPS, **change))
+    assert len(losses(shared_out)) == 20
+    np.testing.assert_allclose(losses(shared_out), losses(one_worker), rtol=0, atol=1e-5)
+    assert losses(one_worker)[-1] < losses(one_worker)[0]
+
+
+def test_two_workers_equal_one_with_frozen_statistics(data_dir: Path, tmp_path: Path) -> None:
+    first = run(config(data_dir, tmp_path / "first", epochs=1))
+    same = {**SAME_STEPS, "model": {"level": 2, "filters": [4, 8, 16]}, "init": first.model_uri, "freeze_norm": True}
+    one, two = (run(config(data_dir, tmp_path / str(n), **same, num_workers=n)) for n in (1, 2))
+    np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
+    before, after = from_pretrained(first.model_uri).state_dict(), from_pretrained(two.model_uri).state_dict()
+    assert torch.equal(before["nodes.x00.1.running_mean"], after["nodes.x00.1.running_mean"])
+    assert not torch.equal(before["nodes.x00.0.weight"], after["nodes.x00.0.weight"])
+
+
+def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> None:
+    full = run(config(data_dir, tmp_path, epochs=1))
+    pruned = prune(PruneConfig(model=full.model_uri, out=str(tmp_path / "pruned"), level=1))
+    level1 = {"level": 1, "filters": [4, 8]}
+    changes = {"model": level1, "epochs": 1, "steps_per_epoch": 1, "warmup_steps": 0, "learning_rate": 1e-9}
+    finer = run(config(data_dir, tmp_path, init=pruned.model_uri, ema_decay=0, freeze_norm=True, **changes))
+    before, after = from_pretrained(pruned.model_uri), from_pretrained(finer.model_uri)
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+    with pytest.raises(ConfigError, match=r"init: nodes.x00.0.weight is of shape .* filters"):
+        run(config(data_dir, tmp_path, init=full.model_uri, model={"level": 1, "filters": [8, 8]}))
+
+
+def test_a_budget_of_time_ends_in_a_model(data_dir: Path, tmp_path: Path) -> None:
+    result = run(config(data_dir, tmp_path, max_time="4s", epochs=10_000))
+    assert 0 < result.steps < 30_000
+    assert from_pretrained(result.model_uri).config.level == 2
+    with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
+        *_, last = csv.DictReader(table)
+    assert float(last["learning_rate"]) < 2e-4  # it fell in time
+
+
+def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
+    result = run(config(data_dir, tmp_path, epochs=50, patience=2, learning_rate=1e-12, ema_decay=0))
+    assert result.epochs < 10
+
+
+def test_an_image_of_nonsense_costs_its_steps_and_no_more(data_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "set"
+    shutil.copytree(data_dir, broken)
+    (image,) = [each for each in (broken / "images").iterdir() if each.stem == "synth-000000"]
+    image.unlink()
+    pixels = np.full((64, 64), np.nan, np.float32)
+    tifffile.imwrite(broken / "images" / "synth-000000.tif", pixels)
+    result = run(config(broken, tmp_path, epochs=1, steps_per_epoch=12, batch_size=1))
+    with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert 0 < int(row["skipped"]) < 12
+    assert all(tensor.isfinite().all() for tensor in from_pretrained(result.model_uri).state_dict().values())
+
+
+def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path) -> None:
+    result = run(config(data_dir, tmp_path))
+    seen: dict[str, dict[int, float]] = defaultdict(dict)
+    for file in sorted((Path(result.model_uri).parent / "records" / "tensorboard").iterdir()):
+        for event in read_events(file.read_bytes()):
+            for value in event.summary.value:
+                seen[value.tag][event.step] = value.simple_value
+    assert list(seen["train/loss"]) == list(seen["train/learning_rate"]) == [0, 1, 2, 3, 4, 5]
+    assert list(seen["val_iou/L2"]) == [3, 6]
+    whole = losses(result)
+    assert np.mean([seen["train/loss"][step] for step in (0, 1, 2)]) == pytest.approx(whole[0], abs=1e-5)
+
+
+def read_events(content: bytes) -> Iterator[Any]:
+    """TensorBoard's records: length, its checksum, the message, its checksum."""
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:
@@ -106,8 +216,8 @@ def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_p
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the loss became .*; lower learning_rate"):
-        run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(ConfigError, match=r"10 steps in a row had no finite gradient, 4 times.*lower learning_rate"):
+        run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, steps_per_epoch=20))
 
 
 def test_a_batch_seen_again_and_again_is_learnt_at_every_head(data_dir: Path) -> None:

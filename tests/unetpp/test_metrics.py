@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from unetpp.config import IGNORE
 from unetpp.metrics import bootstrap_interval, confusion_counts, dice, iou, loss_upper_bound
 
 
@@ -59,3 +60,11 @@ def test_intervals_repeat_with_their_seed() -> None:
     first = bootstrap_interval(values, num_bootstrap=300, seed=7)
     assert first == bootstrap_interval(values, num_bootstrap=300, seed=7)
     assert first == pytest.approx(bootstrap_interval(values, num_bootstrap=3000, seed=8), abs=0.03)
+
+
+def test_pixels_that_are_not_labelled_do_not_count() -> None:
+    rng = np.random.default_rng(4)
+    mask, target = rng.integers(0, 3, (2, 10, 10), np.uint8)
+    half = target.copy()
+    half[:, 5:] = IGNORE
+    assert np.array_equal(confusion_counts(mask, half, 3), confusion_counts(mask[:, :5], target[:, :5], 3))

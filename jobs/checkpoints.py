@@ -1,0 +1,126 @@
+"""The checkpoints of a training run: complete or not there, and checked when they are read.
+
+```
+<run>/checkpoints/epoch_0007/state-<sha256, 16 digits>.pt
+<run>/checkpoints/epoch_0007/complete.json                 written last
+```
+
+An epoch without complete.json, or whose state is not what that says, is passed over: whoever resumes takes the newest
+one that is whole. Two writers of one run, as there may be for a moment after a kill, never mix their files.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+
+from pydantic import Field, ValidationError
+
+from jobs import storage
+from unetpp.config import Frozen
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+
+
+class EpochMetrics(Frozen):
+    """How an epoch ended. `val_iou` is mean per-image IoU by output, `val_mean_iou` the mean of the heads'."""
+
+    epoch: int
+    step: int
+    loss: float
+    learning_rate: float
+    val_iou: dict[str, float]
+    val_mean_iou: float
+    num_skipped: int = Field(0, description="steps whose gradient was not finite, so far")
+    seconds: float = Field(description="of training, so far, over all resumptions")
+
+
+class Checkpoint(Frozen):
+    """complete.json: the state after an epoch, and every epoch up to it."""
+
+    state: str
+    sha256: str
+    history: tuple[EpochMetrics, ...]
+
+    @property
+    def metrics(self) -> EpochMetrics:
+        """Of this epoch."""
+        return self.history[-1]
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 0."""
+        return self.metrics.epoch
+
+
+def save(run_uri: str, state: bytes, history: tuple[EpochMetrics, ...]) -> Checkpoint:
+    """Write the state after the last epoch of `history`."""
+    sha256 = hashlib.sha256(state).hexdigest()
+    checkpoint = Checkpoint(state=f"state-{sha256[:16]}.pt", sha256=sha256, history=history)
+    folder = _folder(run_uri, checkpoint.epoch)
+    storage.write_bytes(storage.join(folder, checkpoint.state), state)
+    storage.write_bytes(storage.join(folder, COMPLETE), checkpoint.model_dump_json(indent=2).encode())
+    return checkpoint
+
+
+def complete(run_uri: str) -> list[Checkpoint]:
+    """Return the checkpoints that say that they are complete, the newest first."""
+    return sorted(_complete(run_uri), key=lambda each: each.epoch, reverse=True)
+
+
+def _complete(run_uri: str) -> Iterator[Checkpoint]:
+    for found in storage.list_objects(storage.join(run_uri, "checkpoints"), missing_ok=True):
+        if not found.key.endswith(f"/{COMPLETE}"):
+            continue
+        uri = storage.join(run_uri, "checkpoints", found.key)
+        try:
+            yield Checkpoint.model_validate_json(storage.read_bytes(uri))
+        except (FileNotFoundError, ValidationError):
+            logger.warning("%s is damaged: this checkpoint is passed over", uri)
+
+
+def read_state(run_uri: str, checkpoint: Checkpoint) -> bytes | None:
+    """Return the state of a checkpoint; None, and a warning, where it is gone or not what was written."""
+    uri = storage.join(_folder(run_uri, checkpoint.epoch), checkpoint.state)
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() == checkpoint.sha256:
+        return content
+    logger.warning("%s is gone or damaged: this checkpoint is passed over", uri)
+    return None
+
+
+def newest(run_uri: str) -> tuple[Checkpoint, bytes] | None:
+    """Return the newest checkpoint that is whole, and its state; None where there is none."""
+    for checkpoint in complete(run_uri):
+        if (state := read_state(run_uri, checkpoint)) is not None:
+            return checkpoint, state
+    return None
+
+
+def best(run_uri: str) -> tuple[Checkpoint, bytes] | None:
+    """Return the checkpoint of the best validation that is whole, the earliest among equals, and its state."""
+    for checkpoint in sorted(complete(run_uri), key=lambda each: (-each.metrics.val_mean_iou, each.epoch)):
+        if (state := read_state(run_uri, checkpoint)) is not None:
+            return checkpoint, state
+    return None
+
+
+def tidy(run_uri: str, keep: int) -> None:
+    """Remove all but the last checkpoint and the `keep - 1` (at least 1) best of the others."""
+    if not (there := complete(run_uri)):
+        return
+    last, *others = there
+    others.sort(key=lambda each: (-each.metrics.val_mean_iou, each.epoch))
+    kept = {last.epoch: last.state, **{each.epoch: each.state for each in others[: max(1, keep - 1)]}}
+    wanted = {f"epoch_{epoch:04d}/{name}" for epoch, state in kept.items() for name in (state, COMPLETE)}
+    for found in list(storage.list_objects(storage.join(run_uri, "checkpoints"))):
+        if found.key not in wanted:
+            storage.delete(storage.join(run_uri, "checkpoints", found.key))
+
+
+def _folder(run_uri: str, epoch: int) -> str:
+    return storage.join(run_uri, "checkpoints", f"epoch_{epoch:04d}")

@@ -1,0 +1,116 @@
+"""What a training run says of itself: sentences for the driver's log, a table of epochs, TensorBoard's events.
+
+```
+<run>/records/epochs.csv                      made anew after every epoch
+<run>/records/tensorboard/events.out.tfevents.<epoch>.unetpp      one file an epoch
+```
+"""
+
+import csv
+import io
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray.util.queue import Empty, Queue
+
+from jobs import storage
+from jobs.checkpoints import EpochMetrics
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_S = 30
+
+
+class Progress:
+    """Sentences for the driver's log: one an epoch, and one now and then between. Silent without a channel."""
+
+    def __init__(self, news: Queue | None, num_epochs: int, steps_per_epoch: int) -> None:
+        self.news = news
+        self.num_epochs = num_epochs
+        self.steps_per_epoch = steps_per_epoch
+        self._told = time.monotonic()
+
+    def step(self, epoch: int, step: int, loss: float) -> None:
+        """Say how far the epoch is, at most every PROGRESS_S seconds."""
+        if self.news is not None and time.monotonic() - self._told > PROGRESS_S:
+            self.tell(f"epoch {epoch + 1}/{self.num_epochs}  step {step}/{self.steps_per_epoch}  loss {loss:.4f}")
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """Say how the epoch ended."""
+        levels = "  ".join(f"{name} {value:.4f}" for name, value in metrics.val_iou.items())
+        skipped = f"  {metrics.num_skipped} steps skipped" if metrics.num_skipped else ""
+        self.tell(
+            f"epoch {metrics.epoch + 1}/{self.num_epochs}  loss {metrics.loss:.4f}  val IoU {levels}  "
+            f"{metrics.seconds:.0f} s{skipped}"
+        )
+
+    def tell(self, sentence: str) -> None:
+        """Say something else."""
+        self._told = time.monotonic()
+        if self.news is not None:
+            self.news.put(sentence)
+
+
+@contextmanager
+def logged(news: Queue) -> Iterator[None]:
+    """Log what the workers tell, while the block runs."""
+    over = threading.Event()
+
+    def listen() -> None:
+        while True:
+            try:
+                logger.info(news.get(timeout=1))
+            except Empty:
+                if over.is_set():
+                    return
+
+    listener = threading.Thread(target=listen, name="training progress")
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join()
+        news.shutdown()
+
+
+def write_records(
+    run_uri: str, history: Sequence[EpochMetrics], losses: Sequence[float], rates: Sequence[float]
+) -> None:
+    """Write the table of all epochs, and the last one's events: its losses and learning rates step by step."""
+    storage.write_bytes(storage.join(run_uri, "records", "epochs.csv"), epochs_csv(history))
+    name = f"events.out.tfevents.{history[-1].epoch:010d}.unetpp"
+    storage.write_bytes(storage.join(run_uri, "records", "tensorboard", name), _events(history[-1], losses, rates))
+
+
+def epochs_csv(history: Sequence[EpochMetrics]) -> bytes:
+    """A line an epoch: its number (from 1), steps so far, loss, learning rate, validation IoU by output, seconds."""
+    outputs = list(history[0].val_iou)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["epoch", "step", "loss", "learning_rate", *outputs, "mean", "skipped", "seconds"])
+    for each in history:
+        quality = [each.val_iou[name] for name in outputs]
+        row = [each.epoch + 1, each.step, each.loss, each.learning_rate, *quality]
+        table.writerow([*row, each.val_mean_iou, each.num_skipped, round(each.seconds, 1)])
+    return text.getvalue().encode()
+
+
+def _events(metrics: EpochMetrics, losses: Sequence[float], rates: Sequence[float]) -> bytes:
+    from tensorboardX import SummaryWriter
+
+    first = metrics.step - len(losses)
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), start=first):
+                writer.add_scalar("train/loss", loss, step)
+                writer.add_scalar("train/learning_rate", rate, step)
+            for name, value in metrics.val_iou.items():
+                writer.add_scalar(f"val_iou/{name}", value, metrics.step)
+        (events,) = Path(folder).iterdir()
+        return events.read_bytes()

@@ -1,0 +1,174 @@
+"""What every training worker runs: epochs of steps, each validated at every level and saved as a checkpoint."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+
+from jobs import checkpoints
+from jobs.checkpoints import EpochMetrics
+from jobs.contract import TrainConfig
+from jobs.dataset import CropSampler, LabelledImage
+from jobs.models import fetch_model
+from jobs.train_records import Progress, write_records
+from jobs.training import DivergedError, TrainingState
+from unetpp.checkpoint import from_pretrained
+from unetpp.engines import keep_freed_memory
+from unetpp.errors import ConfigError
+from unetpp.metrics import confusion_counts, iou
+from unetpp.model import UNetPlusPlus
+from unetpp.predictor import masks_by_level
+
+MAX_DIVERGED = 3
+"""So often training goes back to the last checkpoint with half the learning rate, before it gives up."""
+CLOCK_STEPS = 10
+"""So often the workers agree on the time, where it decides the learning rate."""
+
+History = tuple[EpochMetrics, ...]
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train from the newest checkpoint to the end of the run."""
+    keep_freed_memory()
+    worker = Worker(settings)
+    history = worker.resume()
+    num_diverged = 0
+    while not is_over(worker.config, history):
+        try:
+            history = worker.epoch(history)
+        except DivergedError as error:
+            num_diverged += 1
+            if num_diverged > MAX_DIVERGED:
+                raise ConfigError(
+                    f"{error}, {num_diverged} times, the last at a learning rate of {worker.learning_rate:.2g}; lower "
+                    "learning_rate, set max_gradient_norm, or look for broken values in the data"
+                ) from None
+            worker.progress.tell(f"{error}: going back to the last checkpoint, with half the learning rate")
+            history = worker.resume(worker.state.learning_rate_factor / 2)
+
+
+def is_over(config: TrainConfig, history: History) -> bool:
+    """Whether a run with these epochs is at its end: all epochs, the time, or the patience."""
+    if not history:
+        return False
+    if config.max_seconds is not None and history[-1].seconds >= config.max_seconds:
+        return True
+    best = max(range(len(history)), key=lambda number: (history[number].val_mean_iou, -number))
+    return len(history) >= config.epochs or (config.patience is not None and len(history) - 1 - best >= config.patience)
+
+
+class Worker:
+    """One of the processes that train together."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.config: TrainConfig = settings["config"]
+        self.run_uri: str = settings["run_uri"]
+        self.steps_per_epoch: int = settings["steps_per_epoch"]
+        self.device = get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(settings["threads"])
+        train, self.val = ray.get([settings["train"], settings["val"]])
+        self.sampler = CropSampler(train, self.config)
+        news = settings["news"] if self.rank == 0 else None
+        self.progress = Progress(news, self.config.epochs, self.steps_per_epoch)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.state.schedule.get_last_lr()[0])
+
+    def resume(self, learning_rate_factor: float | None = None) -> History:
+        """Go to the newest checkpoint, or to the beginning; the epochs before it."""
+        found = checkpoints.newest(self.run_uri)
+        initial = from_pretrained(fetch_model(self.config.init)) if self.config.init and found is None else None
+        num_steps = self.config.epochs * self.steps_per_epoch
+        self.state = TrainingState(self.config, num_steps, self.device, initial, learning_rate_factor or 1.0)
+        if found is None:
+            return ()
+        checkpoint, content = found
+        self.state.restore(content)
+        if learning_rate_factor is not None:
+            self.state.learning_rate_factor = learning_rate_factor
+        return checkpoint.history
+
+    def epoch(self, history: History) -> History:
+        """Train an epoch, validate, save; the history with it."""
+        epoch, state = len(history), self.state
+        losses, rates = self._steps(epoch)
+        val_iou = self._validate(state.averaged)
+        heads = [value for name, value in val_iou.items() if name != "accurate"]
+        metrics = EpochMetrics(
+            epoch=epoch,
+            step=state.num_steps_done,
+            loss=sum(losses) / len(losses) if losses else math.nan,
+            learning_rate=rates[-1] if rates else 0.0,
+            val_iou=val_iou,
+            val_mean_iou=sum(heads) / len(heads),
+            num_skipped=state.num_skipped,
+            seconds=state.seconds,
+        )
+        history = (*history, metrics)
+        if self.rank == 0:
+            checkpoints.save(self.run_uri, state.save(), history)
+            checkpoints.tidy(self.run_uri, self.config.keep_checkpoints)
+            write_records(self.run_uri, history, losses, rates)
+        self.progress.epoch(metrics)
+        ray.train.report(metrics.model_dump(mode="json"))  # waits for the other workers: what is saved, is saved
+        return history
+
+    def _steps(self, epoch: int) -> tuple[list[float], list[float]]:
+        """The epoch's steps, or as many as there is time for: losses of the whole batches, and learning rates."""
+        state, started, before = self.state, time.monotonic(), self.state.seconds
+        state.train()
+        losses: list[torch.Tensor] = []
+        rates: list[float] = []
+        for x_BCHW, target_BHW in self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size):
+            if self.config.max_seconds is not None and len(losses) % CLOCK_STEPS == 0:
+                state.seconds = self._agreed(before + time.monotonic() - started)
+                if state.seconds >= self.config.max_seconds:
+                    break
+            rates.append(self.learning_rate)
+            size = self.config.micro_batch or len(x_BCHW)
+            losses.append(
+                state.step(list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True)), self.world_size)
+            )
+            self.progress.step(epoch, len(losses), float(losses[-1]) * self.world_size)
+        state.seconds = self._agreed(before + time.monotonic() - started)
+        whole = torch.stack(losses) if losses else torch.zeros(0)
+        if self.world_size > 1:
+            dist.all_reduce(whole)
+        return whole.tolist(), rates
+
+    def _agreed(self, value: float) -> float:
+        """The first worker's value."""
+        if self.world_size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(told, src=0)
+        return float(told)
+
+    def _validate(self, model: UNetPlusPlus) -> dict[str, float]:
+        """Mean per-image IoU of every level and of accurate mode, over the images of all workers."""
+        model.eval()
+        names = [f"L{level}" for level in model.config.head_levels]
+        names += ["accurate"] if len(names) > 1 else []
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for image in self._own(self.val):
+            masks = masks_by_level(model, image.image_HWC)
+            counts = [confusion_counts(masks[name], image.target_HW, model.config.num_classes) for name in names]
+            sums += torch.tensor([iou(each) for each in counts])
+        if self.world_size > 1:
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        return dict(zip(names, (sums / len(self.val)).tolist(), strict=True))
+
+    def _own(self, images: Sequence[LabelledImage]) -> Sequence[LabelledImage]:
+        return [images[number] for number in range(self.rank, len(images), self.world_size)]
