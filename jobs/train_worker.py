@@ -9,7 +9,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import get_device
+from ray.train.torch import get_device, prepare_model
 
 from jobs import checkpoints
 from jobs.checkpoints import EpochMetrics
@@ -17,7 +17,7 @@ from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, LabelledImage
 from jobs.models import fetch_model
 from jobs.train_records import Progress, write_records
-from jobs.training import DivergedError, TrainingState
+from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
 from unetpp.engines import keep_freed_memory
 from unetpp.errors import ConfigError
@@ -90,14 +90,16 @@ class Worker:
         found = checkpoints.newest(self.run_uri)
         initial = from_pretrained(fetch_model(self.config.init)) if self.config.init and found is None else None
         num_steps = self.config.epochs * self.steps_per_epoch
-        self.state = TrainingState(self.config, num_steps, self.device, initial, learning_rate_factor or 1.0)
-        if found is None:
-            return ()
-        checkpoint, content = found
-        self.state.restore(content)
+        network = first_network(self.config, initial)
+        self.state = TrainingState(self.config, num_steps, network, self.device, prepare_model)
+        history: History = ()
+        if found is not None:
+            checkpoint, content = found
+            self.state.restore(content)
+            history = checkpoint.history
         if learning_rate_factor is not None:
             self.state.learning_rate_factor = learning_rate_factor
-        return checkpoint.history
+        return history
 
     def epoch(self, history: History) -> History:
         """Train an epoch, validate, save; the history with it."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ray.train.torch import prepare_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -36,22 +35,17 @@ class TrainingState:
         self,
         config: TrainConfig,
         num_steps: int,
+        network: UNetPlusPlus,
         device: torch.device,
-        initial: UNetPlusPlus | None = None,
-        learning_rate_factor: float = 1.0,
+        share: Callable[[nn.Module], nn.Module],
     ) -> None:
-        """Begin with the weights of `initial`, else with random ones of the config's seed."""
+        """`share` makes the network one of several that train together, such as Ray Train's `prepare_model`."""
         self.config, self.device, self.num_steps = config, device, num_steps
-        self.seconds, self.num_skipped, self.learning_rate_factor = 0.0, 0, learning_rate_factor
+        self.seconds, self.num_skipped, self.learning_rate_factor = 0.0, 0, 1.0
         self._skipped_in_a_row = 0
-        torch.manual_seed(config.seed)
-        network = UNetPlusPlus(config.model)
-        if initial is not None:
-            take_weights(network, initial)
-        network.recompute = config.recompute
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
-        self._trained = prepare_model(self.network)
+        self._trained = share(self.network)
         self._forward = torch.compile(self._trained) if config.compile else self._trained
         self.optimiser = _optimiser(self.network, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: self._learning_rate(step))
@@ -102,7 +96,7 @@ class TrainingState:
         self._trained.train()
         if self.config.freeze_norm:
             for module in self.network.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d):
                     module.eval()
 
     def step(self, micro_batches: Sequence[Batch], world_size: int) -> Tensor:
@@ -120,7 +114,7 @@ class TrainingState:
                 self._scaler.scale(loss * world_size).backward()  # the workers' gradients are averaged, not added
             losses.append(loss.detach())
         self._scaler.unscale_(self.optimiser)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm or math.inf)
         if bool(norm.isfinite()):
             self._skipped_in_a_row = 0
             self._scaler.step(self.optimiser)
@@ -160,6 +154,16 @@ class TrainingState:
         if self.config.max_seconds is not None:
             share = max(share, self.seconds / self.config.max_seconds)
         return self.learning_rate_factor * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def first_network(config: TrainConfig, initial: UNetPlusPlus | None = None) -> UNetPlusPlus:
+    """The network that training begins with: the weights of `initial`, else random ones of the config's seed."""
+    torch.manual_seed(config.seed)
+    network = UNetPlusPlus(config.model)
+    network.recompute = config.recompute
+    if initial is not None:
+        take_weights(network, initial)
+    return network
 
 
 def take_weights(network: UNetPlusPlus, initial: UNetPlusPlus) -> None:
