@@ -45,9 +45,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         except DivergedError as error:
             num_diverged += 1
             if num_diverged > MAX_DIVERGED:
+                rate = worker.state.learning_rate
                 raise ConfigError(
-                    f"{error}, {num_diverged} times, the last at a learning rate of {worker.learning_rate:.2g}; lower "
-                    "learning_rate, set max_gradient_norm, or look for broken values in the data"
+                    f"{error}, {num_diverged} times, the last at a learning rate of {rate:.2g}; lower learning_rate, "
+                    "set max_gradient_norm, or look for broken values in the data"
                 ) from None
             worker.progress.tell(f"{error}: going back to the last checkpoint, with half the learning rate")
             history = worker.resume(worker.state.learning_rate_factor / 2)
@@ -80,11 +81,6 @@ class Worker:
         news = settings["news"] if self.rank == 0 else None
         self.progress = Progress(news, self.config.epochs, self.steps_per_epoch)
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next step."""
-        return float(self.state.schedule.get_last_lr()[0])
-
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
         found = checkpoints.newest(self.run_uri)
@@ -98,7 +94,7 @@ class Worker:
             self.state.restore(content)
             history = checkpoint.history
         if learning_rate_factor is not None:
-            self.state.learning_rate_factor = learning_rate_factor
+            self.state.slow_down(learning_rate_factor)
         return history
 
     def epoch(self, history: History) -> History:
@@ -137,7 +133,7 @@ class Worker:
                 state.seconds = self._agreed(before + time.monotonic() - started)
                 if state.seconds >= self.config.max_seconds:
                     break
-            rates.append(self.learning_rate)
+            rates.append(state.learning_rate)
             size = self.config.micro_batch or len(x_BCHW)
             losses.append(
                 state.step(list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True)), self.world_size)

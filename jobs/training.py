@@ -91,6 +91,17 @@ class TrainingState:
         for name, part in self._parts.items():
             part.load_state_dict(saved[name])
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def slow_down(self, factor: float) -> None:
+        """From now on, and in the checkpoints that follow, take `factor` of the config's learning rate."""
+        self.learning_rate_factor = factor
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * self._learning_rate(self.num_steps_done)
+
     def train(self) -> None:
         """Go into training mode; frozen normalisation stays as it is."""
         self._trained.train()
