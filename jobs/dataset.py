@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs import storage
 from jobs.contract import TrainConfig, fingerprint
-from unetpp.augment import augment, random_window
+from unetpp.augment import augment, random_view
 from unetpp.config import Frozen, ModelConfig
 from unetpp.engines import scale
 from unetpp.errors import ConfigError, ImageError
@@ -190,8 +190,9 @@ class CropSampler:
         rng = np.random.default_rng([self.config.seed, epoch, number])
         image = self.images[int(np.searchsorted(self._cumulative, rng.random(), side="right"))]
         crop_px, changes = self.config.crop_px, self.config.augment
-        window_HWC, target_HW = random_window(image.image_HWC, image.target_HW, crop_px, changes, rng)
-        return augment(scaled(window_HWC, self.config.model), target_HW, crop_px, changes, rng)
+        view = random_view(image.target_HW.shape, crop_px, changes, rng)
+        window_HWC = scaled(view.cut(image.image_HWC), self.config.model)
+        return augment(window_HWC, view.cut(image.target_HW), view, changes, rng)
 
     def batches(self, epoch: int, num_steps: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of every global batch: x_BCHW float32 and target_BHW uint8; the next is made meanwhile."""

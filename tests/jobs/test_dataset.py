@@ -164,6 +164,17 @@ def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
     assert shares == pytest.approx(weights)
 
 
+def test_a_crop_holds_the_values_that_prediction_sees(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples[:1], MODEL)
+    still = {"flip": False, "rotate90": False, "scale": (1, 1), "gamma": (1, 1), "brightness": (1, 1)}
+    still |= {"noise_std": 0, "blur_sigma": 0, "channel_jitter": 0}
+    model = {**MODEL.model_dump(), "gamma": 0.5}
+    sampler = CropSampler(images, train_config(data_dir, model=model, crop_px=48, augment=still))
+    crop, target = sampler.crop(0, 0)
+    np.testing.assert_allclose(crop, np.sqrt(images[0].image_HWC / 255), atol=1e-6)
+    assert np.array_equal(target, images[0].target_HW)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
