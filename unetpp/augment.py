@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from unetpp.config import AugmentConfig
+from unetpp.config import IGNORE, AugmentConfig
 
 PixelT = TypeVar("PixelT", bound=np.generic)
 Image = NDArray[np.float32]
@@ -128,9 +128,31 @@ def augment(
     return image_HWC, target_HW
 
 
+class Foreground:
+    """Draws pixels of any class but 0, all equally likely, from a target HW that may hold pixels to be ignored."""
+
+    def __init__(self, target_HW: Target) -> None:
+        self._target_HW = target_HW
+        # Kept instead of the pixels' positions, which in a huge image take more memory than the image.
+        self._up_to_row = np.cumsum(np.count_nonzero(_is_foreground(target_HW), axis=1))
+
+    def pixel(self, rng: np.random.Generator) -> tuple[int, int] | None:
+        """Row and column of one; None, and nothing drawn, where there is none."""
+        if self._up_to_row[-1] == 0:
+            return None
+        number = int(rng.integers(self._up_to_row[-1]))
+        row = int(np.searchsorted(self._up_to_row, number, side="right"))
+        columns = np.flatnonzero(_is_foreground(self._target_HW[row]))
+        return row, int(columns[number - self._up_to_row[row]])  # counted from the last one of the row, below 0
+
+
 def log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> float:
     """A factor whose logarithm is uniform: x and 1/x are equally likely where the bounds are reciprocal."""
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
+
+
+def _is_foreground(target: Target) -> NDArray[np.bool_]:
+    return (target != 0) & (target != IGNORE)
 
 
 # ---------------------------------------------------------------------------------------------- geometry

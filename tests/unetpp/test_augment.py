@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import ndimage
 
-from unetpp.augment import STAINS_SC, View, augment, random_view
+from unetpp.augment import STAINS_SC, Foreground, View, augment, random_view
 from unetpp.config import IGNORE, AugmentConfig
 
 STILL = AugmentConfig(
@@ -322,6 +322,30 @@ def test_values_change_without_moving_the_target() -> None:
         crop, crop_target = crop_of(image, target, still_but(**values), seed)
         assert np.array_equal(crop_target, target)
         assert not np.array_equal(crop, image)
+
+
+# -------------------------------------------------------------------------------------------- foreground
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
+def test_a_foreground_pixel_is_one_of_those_there_are(height: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    target = rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (height, width), p=[0.6, 0.1, 0.1, 0.2])
+    there = {(int(y), int(x)) for y, x in np.argwhere((target == 1) | (target == 2))}
+    found = {Foreground(target).pixel(rng) for _ in range(20)}
+    assert found <= there if there else found == {None}
+
+
+def test_foreground_pixels_are_equally_likely() -> None:
+    target = np.zeros((5, 40), np.uint8)
+    target[1, :30], target[3, 7], target[4, 38:] = 1, 2, 1
+    rng, foreground = np.random.default_rng(0), Foreground(target)
+    counts = np.zeros_like(target, dtype=int)
+    for _ in range(33 * 200):
+        counts[foreground.pixel(rng)] += 1
+    assert (counts[target == 0] == 0).all()
+    assert 140 < counts[target > 0].min() < counts[target > 0].max() < 260
 
 
 # ------------------------------------------------------------------------------------------------ config
