@@ -90,6 +90,9 @@ class TrainOptions(Frozen):
     group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="share of crops a group of balance_by; default: equal"
     )
+    foreground: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of crops around a random foreground pixel; the others lie anywhere in their image"
+    )
     augment: AugmentConfig = AugmentConfig()
     seed: int = Field(0, description="of the first weights, the crops and their augmentation")
     num_workers: WorkerBounds = Field(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs import storage
 from jobs.contract import TrainConfig, fingerprint
-from unetpp.augment import augment, random_window
+from unetpp.augment import Foreground, augment, random_view
 from unetpp.config import Frozen, ModelConfig
 from unetpp.engines import scale
 from unetpp.errors import ConfigError, ImageError
@@ -159,12 +159,14 @@ class CropSampler:
     """Training crops by number: crop n of epoch e is the same whatever the world size, and after a resume.
 
     With `balance_by`, the group of a crop is drawn by `group_weights` (default equal) before the image; else images
-    are drawn uniformly.
+    are drawn uniformly. A share `foreground` of the crops lies around a random pixel of the image's foreground, as far
+    as the borders let it; where an image has none, anywhere.
     """
 
     def __init__(self, images: Sequence[LabelledImage], config: TrainConfig) -> None:
         self.config = config
         self.images = images
+        self._foregrounds: dict[int, Foreground] = {}
         self._cumulative = np.cumsum(self._image_probabilities())
         self._cumulative[-1] = 1.0
 
@@ -188,10 +190,18 @@ class CropSampler:
     def crop(self, epoch: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Crop `number` of `epoch`: float32 HWC and its target uint8 HW."""
         rng = np.random.default_rng([self.config.seed, epoch, number])
-        image = self.images[int(np.searchsorted(self._cumulative, rng.random(), side="right"))]
+        number_of_image = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
+        image = self.images[number_of_image]
         crop_px, changes = self.config.crop_px, self.config.augment
-        window_HWC, target_HW = random_window(image.image_HWC, image.target_HW, crop_px, changes, rng)
-        return augment(scaled(window_HWC, self.config.model), target_HW, crop_px, changes, rng)
+        centre = self._foreground(number_of_image).pixel(rng) if rng.random() < self.config.foreground else None
+        view = random_view(image.target_HW.shape, crop_px, changes, rng, centre)
+        window_HWC = scaled(view.cut(image.image_HWC), self.config.model)
+        return augment(window_HWC, view.cut(image.target_HW), view, changes, rng)
+
+    def _foreground(self, number_of_image: int) -> Foreground:
+        if number_of_image not in self._foregrounds:
+            self._foregrounds[number_of_image] = Foreground(self.images[number_of_image].target_HW)
+        return self._foregrounds[number_of_image]
 
     def batches(self, epoch: int, num_steps: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of every global batch: x_BCHW float32 and target_BHW uint8; the next is made meanwhile."""

@@ -99,11 +99,41 @@ class AugmentConfig(Frozen):
 
     flip: bool = Field(True, description="mirror left-right and up-down, each with probability 1/2")
     rotate90: bool = Field(True, description="turn by a multiple of 90 degrees")
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = Field(
+        0.0, description="largest free turn either way, degrees; 180: any"
+    )
     scale: tuple[float, float] = Field((0.8, 1.25), description="zoom factor, drawn log-uniformly")
+    elastic_px: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="largest displacement of a smooth random bend, pixels of the crop"
+    )
+    elastic_sigma_px: Annotated[float, Field(gt=0)] = Field(
+        16.0, description="smoothness of the bend: deviation of the Gaussian it is like, pixels of the crop"
+    )
     gamma: tuple[float, float] = Field((0.7, 1.4), description="exponent on values in 0..1, drawn log-uniformly")
     brightness: tuple[float, float] = Field((0.7, 1.3), description="factor on the values, drawn log-uniformly")
+    contrast: tuple[float, float] = Field(
+        (1.0, 1.0), description="factor on the distance from the mean of the crop's channel, drawn log-uniformly"
+    )
     noise_std: Annotated[float, Field(ge=0)] = Field(0.02, description="largest standard deviation of added noise")
     blur_sigma: Annotated[float, Field(ge=0)] = Field(0.8, description="largest Gaussian blur, pixels")
     invert: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of exchanging dark and light")
     drop_colour: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of a grey crop")
     channel_jitter: Annotated[float, Field(ge=0)] = Field(0.05, description="largest change of a channel's gain")
+    stain_jitter: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="largest change of haematoxylin, eosin and DAB, as a share and as optical density, 0.05 is a good "
+        "deal; in colour images of 3 channels only, grey crops stay as they are",
+    )
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Self:
+        for name in ("scale", "gamma", "brightness", "contrast"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: saw [{low}, {high}], wanted two factors above 0, the smaller one first")
+        if self.elastic_px > self.elastic_sigma_px:
+            raise ValueError(
+                f"elastic_px {self.elastic_px} must be at most elastic_sigma_px {self.elastic_sigma_px}: "
+                "a bend that is larger than it is smooth folds the image over itself"
+            )
+        return self

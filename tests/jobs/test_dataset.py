@@ -164,6 +164,48 @@ def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
     assert shares == pytest.approx(weights)
 
 
+def disk_at(data_dir: Path, y: int, x: int) -> None:
+    """Every mask of the set becomes one small disk, every image shows it."""
+    rows, columns = np.mgrid[:48, :48]
+    mask = np.where(np.hypot(rows - y, columns - x) < 3, np.uint8(255), np.uint8(0))
+    for path in data_dir.glob("*/*.png"):
+        Image.fromarray(mask).save(path)
+
+
+@pytest.mark.parametrize("changes", [{"scale": (1, 1)}, {"rotate_degrees": 180, "elastic_px": 4}])
+def test_a_share_of_the_crops_lies_around_foreground(data_dir: Path, changes: dict[str, object]) -> None:
+    disk_at(data_dir, 40, 44)
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    seen = {}
+    for share in (0.0, 0.5, 1.0):
+        sampler = CropSampler(images, train_config(data_dir, foreground=share, augment=changes))
+        targets = [sampler.crop(epoch, number)[1] for epoch in range(3) for number in range(50)]
+        seen[share] = np.mean([target.any() for target in targets])
+        again = CropSampler(images, train_config(data_dir, foreground=share, augment=changes))
+        assert np.array_equal(again.crop(2, 49)[1], targets[-1])
+    assert seen[0.0] < 0.3
+    assert 0.45 < seen[0.5] < 0.75
+    assert seen[1.0] == 1
+
+
+def test_an_image_without_foreground_gives_crops_from_anywhere(data_dir: Path) -> None:
+    disk_at(data_dir, 1000, 1000)
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    sampler = CropSampler(images, train_config(data_dir, foreground=1.0))
+    assert [sampler.crop(0, number)[1].any() for number in range(5)] == [False] * 5
+
+
+def test_a_crop_holds_the_values_that_prediction_sees(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples[:1], MODEL)
+    still = {"flip": False, "rotate90": False, "scale": (1, 1), "gamma": (1, 1), "brightness": (1, 1)}
+    still |= {"noise_std": 0, "blur_sigma": 0, "channel_jitter": 0}
+    model = {**MODEL.model_dump(), "gamma": 0.5}
+    sampler = CropSampler(images, train_config(data_dir, model=model, crop_px=48, augment=still))
+    crop, target = sampler.crop(0, 0)
+    np.testing.assert_allclose(crop, np.sqrt(images[0].image_HWC / 255), atol=1e-6)
+    assert np.array_equal(target, images[0].target_HW)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
