@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
-from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig
+from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind
 from unetpp.errors import ImageErrorCode
 
 
@@ -588,6 +588,11 @@ class SynthConfig(Frozen):
     """Write a seeded set of synthetic microscopy images with exact masks."""
 
     out: str = Field(description="folder for images/, masks/ and splits.csv")
+    kind: SynthKind = Field(
+        "nuclei",
+        description="nuclei: RGB, foreground; cells: stained RGB, mask ids 1 cytoplasm and 2 nucleus; camera16: one "
+        "channel of 16 bits, counts 0 to 4095 of a fluorescence camera, foreground",
+    )
     num: Annotated[int, Field(ge=1, le=1_000_000)] = Field(64, description="number of images")
     size: Annotated[int, Field(ge=16, le=8192)] = Field(192, description="side of an image, pixels")
     seed: int = Field(0, description="of the whole set: equal seeds give equal bytes")

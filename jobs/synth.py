@@ -1,8 +1,9 @@
-"""Write a labelled set of synthetic microscopy: `unetpp synth --out DIR --num N`.
+"""Write a labelled set of synthetic microscopy: `unetpp synth --out DIR --num N --kind nuclei|cells|camera16`.
 
-The set is `images/<id>.png`, `masks/<id>.png` (0 and 255) and `splits.csv` (id, split, modality). Modalities alternate,
-and each is split 70/15/15 into train, val and test. The first n images are the same whatever `num` is. What is already
-there with the right bytes is not written again, so that a second run leaves the set, and its fingerprint, as they are.
+The set is `images/<id>.png`, `masks/<id>.png` (0 and 255; of cells a palette file of ids 0, 1, 2) and `splits.csv` (id,
+split, modality). The modalities of a kind alternate, and each is split 70/15/15 into train, val and test. The first n
+images are the same whatever `num` is. What is already there with the right bytes is not written again, so that a second
+run leaves the set, and its fingerprint, as they are.
 """
 
 import csv
@@ -11,9 +12,10 @@ import logging
 
 from jobs import storage
 from jobs.contract import SynthConfig, SynthResult
+from unetpp.config import SynthKind
 from unetpp.errors import ConfigError
 from unetpp.images import encode_image, encode_mask
-from unetpp.synth import MODALITIES, Modality, synthesize
+from unetpp.synth import MODALITIES, NUM_CLASSES, Modality, synthesize
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +29,27 @@ def run(config: SynthConfig) -> SynthResult:
     _refuse_foreign_files(config.out, ids)
     num_written = 0
     for index, id_ in enumerate(ids):
-        image_HWC, mask_HW = synthesize(index, size=config.size, modality=_modality(index), seed=config.seed)
+        modality = _modality(config.kind, index)
+        image_HWC, mask_HW = synthesize(index, size=config.size, modality=modality, seed=config.seed)
+        mask_png = encode_mask(mask_HW, NUM_CLASSES[config.kind])
         num_written += _write_if_new(storage.join(config.out, "images", f"{id_}.png"), encode_image(image_HWC))
-        num_written += _write_if_new(storage.join(config.out, "masks", f"{id_}.png"), encode_mask(mask_HW))
-    num_written += _write_if_new(storage.join(config.out, "splits.csv"), _splits_csv(ids))
+        num_written += _write_if_new(storage.join(config.out, "masks", f"{id_}.png"), mask_png)
+    num_written += _write_if_new(storage.join(config.out, "splits.csv"), _splits_csv(config.kind, ids))
     logger.info("synthetic set of %d images at %s: %d files written", config.num, config.out, num_written)
     return SynthResult(data_uri=config.out, num_images=config.num)
 
 
-def _modality(index: int) -> Modality:
-    return MODALITIES[index % len(MODALITIES)]
+def _modality(kind: SynthKind, index: int) -> Modality:
+    return MODALITIES[kind][index % len(MODALITIES[kind])]
 
 
-def _splits_csv(ids: list[str]) -> bytes:
+def _splits_csv(kind: SynthKind, ids: list[str]) -> bytes:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "split", "modality"])
     for index, id_ in enumerate(ids):
-        rank = index // len(MODALITIES)
-        table.writerow([id_, SPLITS.get(rank % 20, "train"), _modality(index)])
+        rank = index // len(MODALITIES[kind])
+        table.writerow([id_, SPLITS.get(rank % 20, "train"), _modality(kind, index)])
     return text.getvalue().encode()
 
 

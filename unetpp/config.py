@@ -12,6 +12,9 @@ IGNORE = 255
 
 PixelType = Literal["uint8", "uint16", "float32"]
 
+SynthKind = Literal["nuclei", "cells", "camera16"]
+"""Kinds of synthetic sets: see `unetpp.synth`."""
+
 
 class Frozen(BaseModel):
     """A validated, immutable config: unknown keys are refused."""

@@ -9,9 +9,13 @@ import pytest
 
 from jobs import synth
 from jobs.contract import SynthConfig
+from jobs.dataset import load, open_labelled_set
+from unetpp.config import ModelConfig, SynthKind
 from unetpp.errors import ConfigError
 from unetpp.images import decode_image, decode_mask
-from unetpp.synth import MODALITIES, synthesize
+from unetpp.synth import MODALITIES, NUM_CLASSES, synthesize
+
+NUCLEI = MODALITIES["nuclei"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -42,8 +46,8 @@ def test_every_row_has_an_image_and_its_mask(synthetic_dir: Path) -> None:
 
 def test_files_hold_what_was_drawn(synthetic_dir: Path) -> None:
     for index, row in enumerate(rows_of(synthetic_dir)[:6]):
-        assert row["modality"] == MODALITIES[index % 2]
-        image, mask = synthesize(index, size=32, modality=MODALITIES[index % 2])
+        assert row["modality"] == NUCLEI[index % 2]
+        image, mask = synthesize(index, size=32, modality=NUCLEI[index % 2])
         np.testing.assert_array_equal(decode_image((synthetic_dir / "images" / f"{row['id']}.png").read_bytes()), image)
         mask_png = (synthetic_dir / "masks" / f"{row['id']}.png").read_bytes()
         np.testing.assert_array_equal(decode_mask(mask_png), mask)
@@ -52,12 +56,28 @@ def test_files_hold_what_was_drawn(synthetic_dir: Path) -> None:
 
 def test_each_modality_is_split_70_15_15(synthetic_dir: Path) -> None:
     counts = Counter((row["modality"], row["split"]) for row in rows_of(synthetic_dir))
-    for modality in MODALITIES:
+    for modality in NUCLEI:
         assert {split: counts[modality, split] for split in ("train", "val", "test")} == {
             "train": 14,
             "val": 3,
             "test": 3,
         }
+
+
+@pytest.mark.parametrize("kind", ["cells", "camera16"])
+def test_sets_of_other_kinds_hold_what_was_drawn(kind: SynthKind, tmp_path: Path) -> None:
+    synth.run(SynthConfig(out=str(tmp_path), num=20, size=32, kind=kind, seed=2))
+    rows, (modality,) = rows_of(tmp_path), MODALITIES[kind]
+    assert Counter((row["modality"], row["split"]) for row in rows) == {
+        (modality, "train"): 14,
+        (modality, "val"): 3,
+        (modality, "test"): 3,
+    }
+    model = ModelConfig(in_channels=1 if kind == "camera16" else 3, num_classes=NUM_CLASSES[kind])
+    for index, labelled in enumerate(load(open_labelled_set(str(tmp_path)).samples, model)):
+        image, mask = synthesize(index, size=32, modality=modality, seed=2)
+        np.testing.assert_array_equal(labelled.image_HWC, image)
+        np.testing.assert_array_equal(labelled.target_HW, mask)
 
 
 def test_a_second_run_writes_nothing(synthetic_dir: Path) -> None:
