@@ -19,6 +19,7 @@ from jobs import storage
 from jobs.contract import EvaluateConfig, EvaluateResult, LevelReport, Score
 from jobs.dataset import Sample, load, open_labelled_set
 from jobs.models import fetch_model
+from unetpp import packaged
 from unetpp.checkpoint import LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
 from unetpp.engines import TorchEngine, keep_freed_memory
 from unetpp.errors import ConfigError
@@ -36,6 +37,10 @@ CHUNK_IMAGES = 64
 
 def run(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate; write metrics.json, levels.csv, frontier.png to `output` and, if asked, the scores into the model."""
+    if config.update_card and packaged.name_of(config.model) is not None:
+        raise ConfigError(
+            f"{config.model} comes with the package, which is not written to; update a copy of its folder"
+        )
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)

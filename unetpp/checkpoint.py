@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unetpp import packaged
 from unetpp.config import Frozen, Level, ModelConfig
 from unetpp.errors import ModelError
 from unetpp.model import UNetPlusPlus, count_parameters
@@ -67,8 +68,11 @@ def save_pretrained(model: UNetPlusPlus, model_dir: Path | str, pretrained: Pret
 
 
 def read_pretrained(model_dir: Path | str) -> Pretrained:
-    """config.json of a model folder; ModelError where the folder or the file is absent or not valid."""
-    path = Path(model_dir) / CONFIG
+    """config.json of a model folder, or of a packaged model by its name.
+
+    ModelError where the folder or the file is absent or not valid.
+    """
+    path = packaged.resolve(model_dir) / CONFIG
     try:
         return Pretrained.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -84,10 +88,13 @@ def read_pretrained(model_dir: Path | str) -> Pretrained:
 def from_pretrained(model_dir: Path | str, level: Level | None = None, *, keep_heads: bool = False) -> UNetPlusPlus:
     """The model of a folder in eval mode on the CPU; with `level`, pruned to it (see `unetpp.prune.prune`).
 
+    One word that is no folder here is the name of a packaged model (see `unetpp.packaged`).
+
     ModelError where weights are absent, damaged or do not fit the config; ConfigError where `level` has no head.
     """
+    model_dir = packaged.resolve(model_dir)
     model = UNetPlusPlus(read_pretrained(model_dir).model)
-    path = Path(model_dir) / WEIGHTS
+    path = model_dir / WEIGHTS
     try:
         weights = load_file(path)
     except FileNotFoundError:
