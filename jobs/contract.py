@@ -115,6 +115,10 @@ class TrainResult(Frozen):
 # --------------------------------------------------------------------------------------------- evaluate
 
 
+ACCURATE, ACCURATE_FLIPS = "accurate", "accurate+flips"
+"""Names of accurate mode's outputs, beside L1 to L4."""
+
+
 class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 
@@ -235,6 +239,7 @@ class PredictOptions(Frozen):
 
     level: Level | None = Field(None, description="use this level's head; default: the model's deepest")
     mode: Literal["fast", "accurate"] = Field("fast", description="one head, or the mean probability of all heads")
+    flips: bool = Field(False, description="accurate mode over the four mirror images, at four times its cost")
     write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
     include: tuple[str, ...] = Field(
         ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
@@ -276,10 +281,19 @@ class PredictOptions(Frozen):
     )
     engine: Literal["auto", "torch"] = Field("auto", description="what computes the masks; auto: the fastest here")
 
+    @property
+    def output_name(self) -> str | None:
+        """What `evaluate` calls these masks: accurate, accurate+flips; None in fast mode, where their level does."""
+        return None if self.mode == "fast" else ACCURATE_FLIPS if self.flips else ACCURATE
+
     @model_validator(mode="after")
     def _table_always(self) -> Self:
         if "parquet" not in self.write:
             raise ValueError("write must name parquet: the table is the record of what is done")
+        if self.flips and self.mode != "accurate":
+            raise ValueError(
+                "flips average over mirror images in accurate mode: set mode to accurate, or leave them out"
+            )
         if not self.include:
             raise ValueError("include must name at least one glob")
         if unlabelled := [label for label in self.node_labels if not all(label.partition("="))]:

@@ -129,6 +129,9 @@ def digest(model: UNetPlusPlus, **decision: str) -> str:
     if len(model.config.head_levels) == 1:
         config["deep_supervision"] = False
     config["filters"] = config["filters"][: model.config.level + 1]
+    config["temperature"] = {level: degree for level, degree in config["temperature"].items() if degree != 1.0}
+    if not config["temperature"]:
+        del config["temperature"]
     sha.update(json.dumps({"model": config, **decision}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
