@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
+from unetpp.card import UNSTATED, LevelChoice
 from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig
 from unetpp.errors import ImageErrorCode
 
@@ -71,6 +72,9 @@ class TrainOptions(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
+    licence: str = Field(UNSTATED, description="of the weights, for the model's card: a name such as Apache-2.0")
+    data_licence: str = Field(UNSTATED, description="of the labelled set, for the model's card")
+    intended_use: str = Field(UNSTATED, description="what the model is for, and what not, for its card")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -96,6 +100,7 @@ class TrainConfig(TrainOptions):
     def run_fingerprint(self) -> str:
         """What must be equal for a run to be resumed: everything that changes the weights."""
         changes_nothing = {"result", "output", "name", "threads_per_worker", "keep_checkpoints", "device"}
+        changes_nothing |= {"licence", "data_licence", "intended_use"}
         return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
 
 
@@ -128,6 +133,9 @@ class EvaluateConfig(Frozen):
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    flips: bool = Field(
+        False, description="also measure accurate mode over the four mirror images; four passes, not one"
+    )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
     seed: int = Field(0, description="of the bootstrap")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
@@ -147,7 +155,7 @@ class Score(Frozen):
 
 
 class LevelReport(Frozen):
-    """One level (`L1`..`L4`) or `accurate`: quality, by group, and cost."""
+    """One level (`L1`..`L4`), `accurate` or `accurate+flips`: quality, by group, and cost."""
 
     name: str
     score: Score
@@ -163,6 +171,7 @@ class EvaluateResult(Frozen):
     model_uri: str
     digest: str
     data: str
+    data_fingerprint: str = ""
     split: str | None
     seed: int
     tile_px: int
@@ -205,16 +214,6 @@ class PruneConfig(Frozen):
         if self.tolerance is not None and (self.data is None) == (self.metrics is None):
             raise ValueError("tolerance needs data, a labelled set to choose the level on, or an evaluation's metrics")
         return self
-
-
-class LevelChoice(Frozen):
-    """How one level compares with the best in the paired bootstrap."""
-
-    level: Level
-    mean_iou: float
-    loss_to_best: float
-    loss_upper_bound: float
-    within_tolerance: bool
 
 
 class PruneResult(Frozen):

@@ -54,7 +54,7 @@ def test_the_card_carries_scores_and_history(model: UNetPlusPlus, tmp_path: Path
     save_pretrained(model, tmp_path, Pretrained(model=CONFIG, scores={"L2": score}, training={"seed": 7}))
     assert read_pretrained(tmp_path).scores == {"L2": score}
     card = (tmp_path / "README.md").read_text()
-    assert "| L2 | 68 (val) | 0.8123 | 0.7900 to 0.8300 | 1,234 |" in card
+    assert "| L2 | 68 (val) | 0.8123 | 0.7900 to 0.8300 | 1,234 | 5.5 | 0.250 |" in card
     assert '"seed": 7' in card
 
 
