@@ -145,7 +145,7 @@ def publish_levels(outcome: TrainOutcome) -> None:
         {
             "level": report.name,
             "validation IoU": f"{report.score.mean_iou:.4f}",
-            "95 % interval": interval(report),
+            "95 % interval": interval(report.score),
             "parameters": report.num_parameters,
             "seconds per megapixel": f"{report.seconds_per_megapixel:.3f}",
             "chosen": "yes" if report.name == f"L{outcome.pruned.level}" else "",

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -10,12 +11,14 @@ from flows import ray_jobs
 from flows.backends import backend_of
 from flows.jobs_api import RayJobs
 from flows.ray_jobs import State
-from jobs import storage
+from jobs import models, storage
 from jobs.config_file import write_command
 from jobs.contract import ExitCode
 from unetpp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=BaseModel)
 
 PLACES = ("data", "input", "metrics", "model", "models", "out", "output", "result", "run")
 
@@ -30,7 +33,7 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
         ConfigError: no cluster answers there, or it refuses.
     """
     backend = RayJobs(address) if address else backend_of("ray")
-    there = config.model_copy(update={name: _absolute(getattr(config, name, None)) for name in _places(config)})
+    there = seen_from_elsewhere(config)
     spec: dict[str, object] = {"job": job, "config": there.model_dump(mode="json", exclude={"result"})}
     name = ray_jobs.submission_id(job, None, spec)
     metadata = {"by": os.environ.get("USER", "")}
@@ -55,13 +58,14 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
     return int(ExitCode.OTHER) if status.exit_code is None else status.exit_code
 
 
-def _places(config: BaseModel) -> list[str]:
-    return [name for name in PLACES if isinstance(getattr(config, name, None), str)]
+def seen_from_elsewhere(config: Config) -> Config:
+    """Return the config with its relative paths made absolute: a cluster's working directory is another one.
 
-
-def _absolute(place: str | None) -> str | None:
-    """A relative path means here, and the cluster has another one."""
-    return None if place is None else storage.canonical(place)
+    A packaged model stays one: the cluster has the package as well.
+    """
+    places = {name: place for name in PLACES if isinstance(place := getattr(config, name, None), str)}
+    spelling = {"model": models.canonical}
+    return config.model_copy(update={name: spelling.get(name, storage.canonical)(places[name]) for name in places})
 
 
 def _say(line: str) -> None:

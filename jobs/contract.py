@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
+from unetpp.card import UNSTATED, LevelChoice
 from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind
 from unetpp.errors import ImageErrorCode
 
@@ -110,6 +111,9 @@ class TrainOptions(Frozen):
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
         2, description="checkpoints kept: the last one, and the best of the others"
     )
+    licence: str = Field(UNSTATED, description="of the weights, for the model's card: a name such as Apache-2.0")
+    data_licence: str = Field(UNSTATED, description="of the labelled set, for the model's card")
+    intended_use: str = Field(UNSTATED, description="what the model is for, and what not, for its card")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -163,6 +167,9 @@ class TrainConfig(TrainOptions):
             "device",
             "recompute",
             "keep_checkpoints",
+            "licence",
+            "data_licence",
+            "intended_use",
         }
         return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
 
@@ -183,6 +190,10 @@ class TrainResult(Frozen):
 # --------------------------------------------------------------------------------------------- evaluate
 
 
+ACCURATE, ACCURATE_FLIPS = "accurate", "accurate+flips"
+"""Names of accurate mode's outputs, beside L1 to L4."""
+
+
 class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 
@@ -192,6 +203,9 @@ class EvaluateConfig(Frozen):
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    flips: bool = Field(
+        False, description="also measure accurate mode over the four mirror images; four passes, not one"
+    )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
     seed: int = Field(0, description="of the bootstrap")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
@@ -211,7 +225,7 @@ class Score(Frozen):
 
 
 class LevelReport(Frozen):
-    """One level (`L1`..`L4`) or `accurate`: quality, by group, and cost."""
+    """One level (`L1`..`L4`), `accurate` or `accurate+flips`: quality, by group, and cost."""
 
     name: str
     score: Score
@@ -227,6 +241,7 @@ class EvaluateResult(Frozen):
     model_uri: str
     digest: str
     data: str
+    data_fingerprint: str = ""
     split: str | None
     seed: int
     tile_px: int
@@ -271,16 +286,6 @@ class PruneConfig(Frozen):
         return self
 
 
-class LevelChoice(Frozen):
-    """How one level compares with the best in the paired bootstrap."""
-
-    level: Level
-    mean_iou: float
-    loss_to_best: float
-    loss_upper_bound: float
-    within_tolerance: bool
-
-
 class PruneResult(Frozen):
     """The exported model and, when a tolerance decided, why."""
 
@@ -303,6 +308,7 @@ class PredictOptions(Frozen):
 
     level: Level | None = Field(None, description="use this level's head; default: the model's deepest")
     mode: Literal["fast", "accurate"] = Field("fast", description="one head, or the mean probability of all heads")
+    flips: bool = Field(False, description="accurate mode over the four mirror images, at four times its cost")
     write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
     include: tuple[str, ...] = Field(
         ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
@@ -344,10 +350,19 @@ class PredictOptions(Frozen):
     )
     engine: Literal["auto", "torch"] = Field("auto", description="what computes the masks; auto: the fastest here")
 
+    @property
+    def output_name(self) -> str | None:
+        """What `evaluate` calls these masks: accurate, accurate+flips; None in fast mode, where their level does."""
+        return None if self.mode == "fast" else ACCURATE_FLIPS if self.flips else ACCURATE
+
     @model_validator(mode="after")
     def _table_always(self) -> Self:
         if "parquet" not in self.write:
             raise ValueError("write must name parquet: the table is the record of what is done")
+        if self.flips and self.mode != "accurate":
+            raise ValueError(
+                "flips average over mirror images in accurate mode: set mode to accurate, or leave them out"
+            )
         if not self.include:
             raise ValueError("include must name at least one glob")
         if unlabelled := [label for label in self.node_labels if not all(label.partition("="))]:

@@ -1,6 +1,7 @@
 """Measure quality and cost of every level of a model: `unetpp evaluate --model DIR --data DIR --split test`.
 
-One pass over the images serves all levels and accurate mode. The level choice (`prune --tolerance`) uses the same pass.
+One pass over the images serves all levels and accurate mode; `--flips` takes three more. The level choice
+(`prune --tolerance`) uses the same pass.
 """
 
 import csv
@@ -11,20 +12,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
 from jobs import storage
-from jobs.contract import EvaluateConfig, EvaluateResult, LevelReport, Score
+from jobs.contract import ACCURATE, ACCURATE_FLIPS, EvaluateConfig, EvaluateResult, LevelReport, Score
 from jobs.dataset import Sample, load, open_labelled_set
+from jobs.frontier import frontier_png
 from jobs.models import fetch_model
-from unetpp.checkpoint import LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
-from unetpp.engines import TorchEngine, keep_freed_memory
+from jobs.provenance import data_name
+from unetpp import packaged
+from unetpp.checkpoint import GroupScore, LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
+from unetpp.engines import MIRRORS, TorchEngine, keep_freed_memory
 from unetpp.errors import ConfigError
 from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
 from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
-from unetpp.predictor import masks_by_level
+from unetpp.predictor import masks_by_level, refuse_single_head
 from unetpp.prune import prune
 
 logger = logging.getLogger(__name__)
@@ -35,20 +38,31 @@ CHUNK_IMAGES = 64
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
-    """Evaluate; write metrics.json, levels.csv, frontier.png to `output` and, if asked, the scores into the model."""
+    """Evaluate; write metrics.json, levels.csv, frontier.png to `output` and, if asked, the scores into the model.
+
+    ConfigError for flips of a model with one head, and for the card of a packaged model.
+    """
+    if config.update_card and packaged.name_of(config.model) is not None:
+        raise ConfigError(
+            f"{config.model} comes with the package, which is not written to; update a copy of its folder"
+        )
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     model = from_pretrained(fetch_model(config.model))
-    samples = open_labelled_set(config.data).split(config.split)
+    if config.flips:
+        refuse_single_head(model.config)
+    labelled = open_labelled_set(config.data)
+    samples = labelled.split(config.split)
     column = _group_column(samples, config)
     logger.info("evaluating %d images of %s", len(samples), config.data)
-    counts = measure_quality(model, samples, config.tile_px)
-    seconds = measure_seconds(model)
+    counts = measure_quality(model, samples, config.tile_px, flips=config.flips)
+    seconds = measure_seconds(model, list(counts))
     result = EvaluateResult(
         model_uri=config.model,
         digest=digest(model),
         data=config.data,
+        data_fingerprint=labelled.fingerprint,
         split=config.split,
         seed=config.seed,
         tile_px=config.tile_px,
@@ -73,39 +87,38 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     return result
 
 
-def measure_quality(model: UNetPlusPlus, samples: Sequence[Sample], tile_px: int) -> dict[str, list[Counts]]:
-    """Confusion counts of every image in order, by output name: the levels with a head, and accurate mode."""
+def measure_quality(
+    model: UNetPlusPlus, samples: Sequence[Sample], tile_px: int, *, flips: bool = False
+) -> dict[str, list[Counts]]:
+    """Confusion counts of every image in order, by output name: see `unetpp.predictor.masks_by_level`."""
     counts: dict[str, list[Counts]] = {}
     for start in range(0, len(samples), CHUNK_IMAGES):
         for image in load(samples[start : start + CHUNK_IMAGES], model.config):
-            masks = masks_by_level(model, image.image_HWC, tile_px=tile_px)
+            masks = masks_by_level(model, image.image_HWC, tile_px=tile_px, flips=flips)
             for name, mask_HW in masks.items():
                 counts.setdefault(name, []).append(confusion_counts(mask_HW, image.target_HW, model.config.num_classes))
     return counts
 
 
 def output_network(model: UNetPlusPlus, name: str) -> UNetPlusPlus:
-    """What has to be computed for an output: the pruned network of `L<n>`, everything for `accurate`."""
-    return model if name == "accurate" else prune(model, int(name.removeprefix("L")))
-
-
-def output_names(model: UNetPlusPlus) -> list[str]:
-    """`L<n>` for every head, then `accurate` where there are several."""
-    names = [f"L{level}" for level in model.config.head_levels]
-    return [*names, "accurate"] if len(names) > 1 else names
+    """What has to be computed for an output: the pruned network of `L<n>`, everything for accurate mode."""
+    return model if name in (ACCURATE, ACCURATE_FLIPS) else prune(model, int(name.removeprefix("L")))
 
 
 def gmacs_per_megapixel(model: UNetPlusPlus, name: str) -> float:
     """Billions of multiply-adds for 2**20 pixels of one output, halos and padding not counted."""
-    return count_gmacs(output_network(model, name).config, 1024, 1024)
+    num_passes = len(MIRRORS) if name == ACCURATE_FLIPS else 1
+    return num_passes * count_gmacs(output_network(model, name).config, 1024, 1024)
 
 
-def measure_seconds(model: UNetPlusPlus) -> dict[str, float]:
-    """Median seconds for a megapixel (10**6) of every output with the torch engine here, the outputs interleaved."""
-    device = next(model.parameters()).device
+def measure_seconds(model: UNetPlusPlus, names: Sequence[str]) -> dict[str, float]:
+    """Median seconds for a megapixel (10**6) of the named outputs with the torch engine here, interleaved."""
+    device = str(next(model.parameters()).device)
     engines = {
-        name: TorchEngine(output_network(model, name), "accurate" if name == "accurate" else "fast", str(device))
-        for name in output_names(model)
+        name: TorchEngine(model, "accurate", device, flips=name == ACCURATE_FLIPS)
+        if name in (ACCURATE, ACCURATE_FLIPS)
+        else TorchEngine(output_network(model, name), "fast", device)
+        for name in names
     }
     rng = np.random.default_rng(0)
     tile = rng.integers(0, 256, (1, COST_TILE_PX, COST_TILE_PX, model.config.in_channels), np.uint8)
@@ -166,37 +179,6 @@ def _write_outputs(output: str, result: EvaluateResult) -> None:
     storage.write_bytes(storage.join(output, "frontier.png"), frontier_png(result.reports))
 
 
-def frontier_png(reports: Sequence[LevelReport]) -> bytes:
-    """The plot of quality (mean IoU, 95 % interval) against measured cost (seconds a megapixel), as PNG bytes."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    for report in reports:
-        low, high = report.score.mean_iou_interval
-        mean, cost = report.score.mean_iou, report.seconds_per_megapixel
-        accurate = report.name == "accurate"
-        axes.errorbar(
-            [cost], [mean], yerr=[[mean - low], [high - mean]], fmt="D" if accurate else "o", capsize=4,
-            color="tab:orange" if accurate else "tab:blue",
-        )  # fmt: skip
-        # Accurate mode costs about as much as the deepest level: their names go to different sides.
-        where, side = ((8, -4), "left") if accurate else ((-8, 6), "right")
-        axes.annotate(report.name, (cost, mean), textcoords="offset points", xytext=where, ha=side)
-    levels = [report for report in reports if report.name != "accurate"]
-    axes.plot(
-        [r.seconds_per_megapixel for r in levels], [r.score.mean_iou for r in levels], "-", color="tab:blue", lw=1
-    )
-    axes.set_xlabel("seconds per megapixel, torch engine, this machine")
-    axes.set_ylabel("mean IoU over images, 95 % interval")
-    axes.set_xlim(0, max(report.seconds_per_megapixel for report in reports) * 1.2)
-    axes.grid(alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    plt.close(figure)
-    return content.getvalue()
-
-
 def level_scores(result: EvaluateResult) -> dict[str, LevelScore]:
     """The scores of an evaluation as a model folder keeps them."""
     return {
@@ -208,7 +190,14 @@ def level_scores(result: EvaluateResult) -> dict[str, LevelScore]:
             num_parameters=report.num_parameters,
             gmacs_per_megapixel=report.gmacs_per_megapixel,
             seconds_per_megapixel=report.seconds_per_megapixel,
-            groups={group: score.mean_iou for group, score in report.groups.items()},
+            groups={
+                group: GroupScore(
+                    num_images=score.num_images, mean_iou=score.mean_iou, mean_iou_interval=score.mean_iou_interval
+                )
+                for group, score in report.groups.items()
+            },
+            data=data_name(result.data),
+            data_fingerprint=result.data_fingerprint,
         )
         for report in result.reports
     }

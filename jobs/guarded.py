@@ -192,9 +192,17 @@ class GuardedPredictor:
     """Predicts in a child process on the CPU, one image after the other: what kills it is an ImageError."""
 
     def __init__(
-        self, model_dir: Path, level: Level, mode: Mode, tile_px: int, seconds: float = PREDICT_SECONDS
+        self,
+        model_dir: Path,
+        level: Level,
+        mode: Mode,
+        tile_px: int,
+        seconds: float = PREDICT_SECONDS,
+        *,
+        flips: bool = False,
     ) -> None:
         work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
+        work["flips"] = flips
         self.batch_images = 1
         self._child = Child(work, Limits(seconds))
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,17 @@ def decoding(decoder: str) -> Work:
     return lambda header, content: ({}, decode(content, max_pixels=header["max_pixels"]))
 
 
-def predicting(model_dir: str, mode: str, level: int, tile_px: int) -> Work:
+def predicting(model_dir: str, mode: Literal["fast", "accurate"], level: int, tile_px: int, flips: bool) -> Work:
     """Work that predicts: header {shape, dtype}, content the pixels of image_HWC, pixels mask_HW."""
     from unetpp.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(model_dir, mode=mode, level=level, tile_px=tile_px)  # type: ignore[arg-type]
+    predictor = Predictor.from_pretrained(
+        model_dir,
+        mode=mode,
+        level=level,
+        tile_px=tile_px,
+        flips=flips,
+    )
 
     def predict(header: dict[str, Any], content: bytes) -> tuple[dict[str, Any], NDArray[np.generic]]:
         image_HWC = np.frombuffer(content, header["dtype"]).reshape(header["shape"])

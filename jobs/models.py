@@ -1,13 +1,28 @@
-"""Model folders behind URIs."""
+"""Model folders behind URIs and names."""
 
 from pathlib import Path
 
 from jobs import storage
+from unetpp import packaged
 from unetpp.errors import ModelError
 
 
+def canonical(uri: str) -> str:
+    """One spelling for one place, as `storage.canonical`; for a packaged model one that holds on every machine.
+
+    ModelError for one word that is neither a folder nor a packaged model.
+    """
+    name = packaged.name_of(uri)
+    return storage.canonical(uri) if name is None else f"{packaged.SCHEME}{name}"
+
+
 def fetch_model(uri: str) -> Path:
-    """A local folder with the model at `uri`, copied once per content if remote. ModelError where there is none."""
+    """A local folder with the model at `uri`: a packaged one's, a local one, a remote one copied once per content.
+
+    ModelError where there is none.
+    """
+    if packaged.name_of(uri) is not None:
+        return packaged.resolve(uri)
     try:
         return storage.download_folder(uri)
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Literal
 
-from jobs import backends, lease, storage, table
+from jobs import backends, lease, models, storage, table
 from jobs.command_line import exit_code
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.finish import check_law, seal
@@ -78,7 +78,7 @@ class _Call:
                 f"the output {output_uri} lies inside the input {source_uri}: masks would be listed as images; "
                 "choose an output beside it"
             )
-        predictor = load_predictor(storage.canonical(config.model), config, config.threads)
+        predictor = load_predictor(models.canonical(config.model), config, config.threads)
         archive = Archive(source_uri, output_uri, predictor.digest, config, self._parent, self._only)
         self._archive = archive
         while True:
@@ -143,7 +143,7 @@ class _Call:
             run=record.run,
             source_uri=archive.source_uri,
             output_uri=archive.output_uri,
-            model_uri=storage.canonical(self._config.model),
+            model_uri=models.canonical(self._config.model),
             model_digest=archive.model_digest,
             manifest_uri=archive.run_uri(record.run, record.manifest),
             manifest_sha256=record.manifest_sha256,

@@ -6,15 +6,18 @@ loses at most that much mean IoU against the best level.
 
 import logging
 import tempfile
+from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
 from jobs import storage
-from jobs.contract import EvaluateConfig, EvaluateResult, LevelChoice, PruneConfig, PruneResult
+from jobs.contract import EvaluateConfig, EvaluateResult, PruneConfig, PruneResult
 from jobs.evaluate import level_scores
 from jobs.evaluate import run as evaluate
+from jobs.frontier import frontier_png
 from jobs.models import fetch_model
+from unetpp.card import Choice, LevelChoice
 from unetpp.checkpoint import digest, from_pretrained, read_pretrained, save_pretrained
 from unetpp.errors import ConfigError
 from unetpp.metrics import loss_upper_bound
@@ -22,31 +25,38 @@ from unetpp.prune import prune
 
 logger = logging.getLogger(__name__)
 
+PICTURE = "level_choice.png"
+
 
 def run(config: PruneConfig) -> PruneResult:
-    """Choose the level if none is given, and write the pruned model folder to `out`."""
+    """Choose the level if none is given, and write the pruned model folder to `out`.
+
+    A tolerance's choice goes into its card, with a picture of it in `level_choice.png`.
+    """
     model_dir = fetch_model(config.model)
     pretrained, model = read_pretrained(model_dir), from_pretrained(model_dir)
-    scores = pretrained.scores
     choices: tuple[LevelChoice, ...] = ()
     level = config.level
+    changed: dict[str, object] = {"level_choice": None}
+    picture = b""
     if config.tolerance is not None:
         evaluated = _evaluated(config, digest(model))
-        scores = level_scores(evaluated)
         image_iou = {level: evaluated.image_iou[f"L{level}"] for level in pretrained.model.head_levels}
         choices = compare_levels(image_iou, config)
         level = choose_level(choices)
+        choice = Choice(
+            level=level, tolerance=config.tolerance, confidence=config.confidence, levels=choices, picture=PICTURE
+        )
+        changed = {"scores": level_scores(evaluated), "level_choice": choice}
+        picture = frontier_png(evaluated.reports, choice)
     assert level is not None, "the config asks for a level or a tolerance"
     pruned = prune(model, level)
-    history = {**pretrained.training, "pruned_from": pretrained.model.level}
-    if choices:
-        history["level_choice"] = {
-            "tolerance": config.tolerance,
-            "confidence": config.confidence,
-            "levels": [choice.model_dump(mode="json") for choice in choices],
-        }
+    changed["training"] = {**pretrained.training, "pruned_from": pretrained.model.level}
+    changed["calibration"] = {kept: fitted for kept, fitted in pretrained.calibration.items() if kept == level}
     with tempfile.TemporaryDirectory() as pruned_dir:
-        save_pretrained(pruned, pruned_dir, pretrained.model_copy(update={"scores": scores, "training": history}))
+        save_pretrained(pruned, pruned_dir, pretrained.model_copy(update=changed))
+        if picture:
+            (Path(pruned_dir) / PICTURE).write_bytes(picture)
         storage.upload_folder(pruned_dir, config.out, last="config.json")
     logger.info("kept L%d at %s", level, config.out)
     return PruneResult(model_uri=config.out, digest=digest(pruned), level=level, choices=choices)

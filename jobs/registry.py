@@ -6,6 +6,7 @@ Nothing is ever rewritten: a promotion, and a rollback too, puts the next number
 import re
 
 from jobs import storage
+from jobs.models import fetch_model
 from unetpp.config import Frozen, Level
 from unetpp.errors import ConfigError, StorageError
 
@@ -39,7 +40,7 @@ def current(models: str) -> tuple[int, CurrentModel | None]:
 
 def promote(models: str, number: int, model: CurrentModel, source_uri: str) -> bool:
     """Copy a model to `<models>/<digest>/` and make it number `number`; False if that number is taken."""
-    storage.upload_folder(storage.download_folder(source_uri), model_uri(models, model.digest), last="config.json")
+    storage.upload_folder(fetch_model(source_uri), model_uri(models, model.digest), last="config.json")
     content = model.model_dump_json(indent=2).encode()
     return storage.put_if_absent(storage.join(models, _name(number)), content)
 

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from jobs import overlays, storage, table
+from jobs import models, overlays, storage, table
 from jobs.contract import PredictResult
-from jobs.models import fetch_model
 from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
 from jobs.table import Part
@@ -110,8 +109,8 @@ def render(
         record=record,
         result=result,
         level=level,
-        mode=archive.config.mode,
-        model_uri=storage.canonical(archive.config.model),
+        mode=archive.config.output_name or "fast",
+        model_uri=models.canonical(archive.config.model),
         output_uri=archive.output_uri,
         started=_clock(first),
         ended=_clock(last),
@@ -121,7 +120,7 @@ def render(
         samples=_overlays(archive, parts, footers, sorted(random.tolist())),
         unsure=_overlays(archive, parts, footers, unsure.tolist()),
         throughput=_throughput(footers, first, last),
-        levels=_levels(archive, "accurate" if archive.config.mode == "accurate" else f"L{level}"),
+        levels=_levels(archive, archive.config.output_name or f"L{level}"),
         plot_width=PLOT_WIDTH,
         plot_height=PLOT_HEIGHT,
         plot_margin=PLOT_MARGIN,
@@ -190,7 +189,7 @@ def _throughput(footers: Sequence[Footer], first: float, last: float) -> Plot:
 def _levels(archive: Archive, chosen: str) -> tuple[Plot, dict[str, LevelScore]] | None:
     """Quality against cost of the levels that the model's card has scores of; None where it has none."""
     try:
-        scores = read_pretrained(fetch_model(storage.canonical(archive.config.model))).scores
+        scores = read_pretrained(models.fetch_model(archive.config.model)).scores
     except UnetppError as error:
         logger.info("the report has no levels: %s", error)
         return None

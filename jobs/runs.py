@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs import manifest, sink, storage, table
+from jobs import manifest, models, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
 from jobs.manifest import Shard
 from unetpp.errors import ConfigError, StorageError
@@ -227,7 +227,7 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
         parent=archive.parent,
         config=archive.config.model_dump(mode="json")
         | {
-            "model": storage.canonical(archive.config.model),
+            "model": models.canonical(archive.config.model),
             "input": archive.source_uri,
             "output": archive.output_uri,
             "result": None,

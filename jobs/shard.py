@@ -292,7 +292,12 @@ class Worker:
         model_dir = fetch_model(self.task.model_uri)
         seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
         with GuardedPredictor(
-            model_dir, self.predictor.level, config.mode, config.tile_px, seconds or PREDICT_SECONDS
+            model_dir,
+            self.predictor.level,
+            config.mode,
+            config.tile_px,
+            seconds or PREDICT_SECONDS,
+            flips=config.flips,
         ) as predictor:
             yield predictor
 
@@ -323,4 +328,5 @@ def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -
         engine="torch",
         tile_px=config.tile_px,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        flips=config.flips,
     )

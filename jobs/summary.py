@@ -76,7 +76,7 @@ def level_table(reports: Sequence[LevelReport]) -> Table:
         table.add_row(
             report.name,
             f"{report.score.mean_iou:.4f}",
-            interval(report),
+            interval(report.score),
             f"{report.score.mean_dice:.4f}",
             f"{report.num_parameters:,}",
             f"{report.gmacs_per_megapixel:.1f}",
@@ -93,7 +93,7 @@ def chosen_table(reports: Sequence[LevelReport], level: int) -> Table:
         table.add_row(
             report.name,
             f"{report.score.mean_iou:.4f}",
-            interval(report),
+            interval(report.score),
             f"{report.num_parameters:,}",
             f"{report.seconds_per_megapixel:.3f}",
             "yes" if is_chosen else "",
@@ -102,20 +102,24 @@ def chosen_table(reports: Sequence[LevelReport], level: int) -> Table:
     return table
 
 
-def interval(report: LevelReport) -> str:
+def interval(score: Score) -> str:
     """`low .. high` of the mean IoU."""
-    return "{:.4f} .. {:.4f}".format(*report.score.mean_iou_interval)
+    return "{:.3f} .. {:.3f}".format(*score.mean_iou_interval)
 
 
 def group_table(reports: Sequence[LevelReport]) -> Table | None:
-    """Mean IoU by group, one column a level; None where the set has no groups."""
-    names = list(reports[0].groups) if reports else []
-    if not names:
+    """Mean IoU by group, a block of rows a group; None where the set has no groups."""
+    if not reports or not reports[0].groups:
         return None
-    table = _table("Mean IoU by group", "group", "images", *(report.name for report in reports))
-    for name in names:
-        scores: list[Score] = [report.groups[name] for report in reports]
-        table.add_row(escape(name), str(scores[0].num_images), *(f"{score.mean_iou:.4f}" for score in scores))
+    table = _table("Mean IoU by group", "group", "images", "level", "IoU", "95 % interval")
+    for group, first in reports[0].groups.items():
+        for report in reports:
+            score = report.groups[group]
+            name, number = (escape(group), str(first.num_images)) if report is reports[0] else ("", "")
+            # one image has no interval
+            bounds = interval(score) if score.num_images > 1 else ""
+            table.add_row(name, number, report.name, f"{score.mean_iou:.4f}", bounds)
+        table.add_section()
     return table
 
 
@@ -205,7 +209,7 @@ def _show_explain(result: ExplainResult, console: Console) -> None:
 
 def _table(title: str, first: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

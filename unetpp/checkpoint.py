@@ -9,48 +9,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unetpp.config import Frozen, Level, ModelConfig
+from unetpp import packaged
+from unetpp.card import Calibration, Choice, GroupScore, LevelScore, Pretrained, TrainingData, model_card
+from unetpp.config import Level
 from unetpp.errors import ModelError
 from unetpp.model import UNetPlusPlus, count_parameters
 from unetpp.prune import prune
 
+__all__ = [
+    "Calibration",
+    "Choice",
+    "GroupScore",
+    "LevelScore",
+    "Pretrained",
+    "TrainingData",
+    "digest",
+    "from_pretrained",
+    "read_pretrained",
+    "save_pretrained",
+]
+
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-
-
-class LevelScore(Frozen):
-    """Quality and cost of one level, as measured when the model was evaluated."""
-
-    split: str | None
-    num_images: int
-    mean_iou: float
-    mean_iou_interval: tuple[float, float]
-    num_parameters: int
-    gmacs_per_megapixel: float
-    seconds_per_megapixel: float
-    groups: dict[str, float] = Field({}, description="mean IoU by group, where the data set has groups")
-
-
-class Pretrained(Frozen):
-    """config.json: everything about a model but its weights."""
-
-    format_version: int = 1
-    model: ModelConfig
-    classes: tuple[str, ...] = ("background", "foreground")
-    scores: dict[str, LevelScore] = Field(
-        {}, description="by level name: L1, L2, ..., accurate; of a pruned model also the levels it was chosen from"
-    )
-    training: dict[str, object] = Field({}, description="command, seed, data and settings that made the weights")
-    licence: str = "unstated"
-
-    @property
-    def supervised_levels(self) -> tuple[Level, ...]:
-        """Levels whose head was trained: the ones this model can be pruned to."""
-        return self.model.head_levels
 
 
 def save_pretrained(model: UNetPlusPlus, model_dir: Path | str, pretrained: Pretrained | None = None) -> None:
@@ -62,13 +46,16 @@ def save_pretrained(model: UNetPlusPlus, model_dir: Path | str, pretrained: Pret
     model_dir = Path(model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, model_dir / WEIGHTS)
-    (model_dir / CARD).write_text(model_card(model, pretrained), encoding="utf-8")
+    (model_dir / CARD).write_text(model_card(pretrained, count_parameters(model)), encoding="utf-8")
     (model_dir / CONFIG).write_text(pretrained.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_pretrained(model_dir: Path | str) -> Pretrained:
-    """config.json of a model folder; ModelError where the folder or the file is absent or not valid."""
-    path = Path(model_dir) / CONFIG
+    """config.json of a model folder, or of a packaged model by its name.
+
+    ModelError where the folder or the file is absent or not valid.
+    """
+    path = packaged.resolve(model_dir) / CONFIG
     try:
         return Pretrained.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -84,10 +71,13 @@ def read_pretrained(model_dir: Path | str) -> Pretrained:
 def from_pretrained(model_dir: Path | str, level: Level | None = None, *, keep_heads: bool = False) -> UNetPlusPlus:
     """The model of a folder in eval mode on the CPU; with `level`, pruned to it (see `unetpp.prune.prune`).
 
+    One word that is no folder here is the name of a packaged model (see `unetpp.packaged`).
+
     ModelError where weights are absent, damaged or do not fit the config; ConfigError where `level` has no head.
     """
+    model_dir = packaged.resolve(model_dir)
     model = UNetPlusPlus(read_pretrained(model_dir).model)
-    path = Path(model_dir) / WEIGHTS
+    path = model_dir / WEIGHTS
     try:
         weights = load_file(path)
     except FileNotFoundError:
@@ -122,50 +112,11 @@ def digest(model: UNetPlusPlus, **decision: str) -> str:
     if len(model.config.head_levels) == 1:
         config["deep_supervision"] = False
     config["filters"] = config["filters"][: model.config.level + 1]
+    config["temperature"] = {level: degree for level, degree in config["temperature"].items() if degree != 1.0}
+    if not config["temperature"]:
+        del config["temperature"]
     sha.update(json.dumps({"model": config, **decision}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def model_card(model: UNetPlusPlus, pretrained: Pretrained) -> str:
-    """README.md of a model folder: what it is, how good and how dear each level is, where it comes from."""
-    config = model.config
-    lines = [
-        f"# UNet++ L{config.level}",
-        "",
-        f"{count_parameters(model):,} parameters, filters {config.filters[: config.level + 1]}, norm {config.norm}, "
-        f"upsampling {config.upsample}, input {config.in_channels} channel(s), "
-        f"classes {', '.join(pretrained.classes)}.",
-        f"Heads at levels {', '.join(f'L{level}' for level in config.head_levels)}. Licence: {pretrained.licence}.",
-        "",
-    ]
-    if pretrained.scores:
-        lines += [
-            *_score_table(pretrained.scores),
-            "",
-            "Mean IoU over images; seconds of the machine that evaluated.",
-            "",
-        ]
-    if pretrained.training:
-        lines += ["## Training", "", "```json", json.dumps(pretrained.training, indent=2), "```", ""]
-    lines += ["Use: `unetpp predict --model <this folder> --input <images> --output <masks>`", ""]
-    return "\n".join(lines)
-
-
-def _score_table(scores: Mapping[str, LevelScore]) -> list[str]:
-    groups = sorted({group for score in scores.values() for group in score.groups})
-    columns = ["level", "images", "mean IoU", "95 % interval", *groups, "parameters", "GMAC / MP", "s / MP"]
-    lines = [_row(columns), _row(["---:" if column != "level" else "---" for column in columns])]
-    for name, score in scores.items():
-        low, high = score.mean_iou_interval
-        by_group = [f"{score.groups[group]:.4f}" if group in score.groups else "" for group in groups]
-        quality = [f"{score.mean_iou:.4f}", f"{low:.4f} to {high:.4f}", *by_group]
-        cost = [f"{score.num_parameters:,}", f"{score.gmacs_per_megapixel:.1f}", f"{score.seconds_per_megapixel:.3f}"]
-        lines.append(_row([name, f"{score.num_images} ({score.split or 'all'})", *quality, *cost]))
-    return lines
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -66,6 +66,9 @@ class ModelConfig(Frozen):
     )
     mean: tuple[float, ...] = Field((0.5,), description="subtracted from values in 0..1; one, or one a channel")
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.25,), description="divides after that")
+    temperature: dict[Level, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="what each head's logits are divided by to become probabilities, by level; default: 1"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -74,6 +77,8 @@ class ModelConfig(Frozen):
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.in_channels):
                 raise ValueError(f"{name} must have 1 or {self.in_channels} values, got {len(getattr(self, name))}")
+        if strange := sorted(set(self.temperature) - set(self.head_levels)):
+            raise ValueError(f"temperature names levels {strange}, the model has heads {list(self.head_levels)}")
         return self
 
     @property

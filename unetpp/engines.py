@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -60,9 +61,40 @@ def scale(images_BHWC: Tensor, config: ModelConfig) -> Tensor:
     return x_BHWC.permute(0, 3, 1, 2)
 
 
-def probabilities(logits_BKHW: Tensor) -> Tensor:
-    """Sigmoid for one logit, softmax for several; same shape."""
-    return logits_BKHW.sigmoid() if logits_BKHW.shape[1] == 1 else logits_BKHW.softmax(1)
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+"""Axes of BCHW that are turned over in each mirror image: none, left-right, up-down, both."""
+
+
+def mirrored_heads(
+    model: UNetPlusPlus, x_BCHW: Tensor, core: tuple[slice, slice], *, flips: bool
+) -> Iterator[dict[int, Tensor]]:
+    """Logits of every head over the core; with `flips`, of each of the four mirror images of x, turned back.
+
+    A tile's outer box begins and ends on the stride grid, and so does its mirror image's in the mirrored whole, whose
+    padding is then at its top or left: what tiles and wholes give agrees as it does without flips.
+    """
+    for axes in MIRRORS if flips else MIRRORS[:1]:
+        heads = model.heads_of(x_BCHW.flip(axes) if axes else x_BCHW)
+        yield {level: (head.flip(axes) if axes else head)[:, :, *core] for level, head in heads.items()}
+
+
+def probabilities(logits: Mapping[int, Tensor], config: ModelConfig) -> dict[int, Tensor]:
+    """Probabilities BKHW by level from each head's logits: sigmoid for one logit, softmax for several.
+
+    Logits are divided by their head's temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2), which changes how
+    sure a head is and never the class that it prefers.
+    """
+    found = {}
+    for level, logits_BKHW in logits.items():
+        if (temperature := config.temperature.get(level, 1.0)) != 1.0:
+            logits_BKHW = logits_BKHW / temperature
+        found[level] = logits_BKHW.sigmoid() if config.num_classes == 1 else logits_BKHW.softmax(1)
+    return found
+
+
+def mean_of(probabilities_BKHW: Iterable[Tensor]) -> Tensor:
+    """Mean over several probabilities of one shape."""
+    return torch.stack(list(probabilities_BKHW)).mean(0)
 
 
 def decide(probability_BKHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,13 +111,14 @@ class TorchEngine:
     """Eager torch made right: conv-BN folded, channels_last, inference mode, float32.
 
     fast: the deepest head. accurate: the mean probability of all heads (section 3.2 of the paper; probabilities, since
-    averaged logits give other masks).
+    averaged logits give other masks); with `flips`, also over the tile's four mirror images, at four times the cost.
     """
 
-    def __init__(self, model: UNetPlusPlus, mode: Mode, device: str = "cpu") -> None:
+    def __init__(self, model: UNetPlusPlus, mode: Mode, device: str = "cpu", *, flips: bool = False) -> None:
         keep_freed_memory()
         self.config = model.config
         self.mode = mode
+        self.flips = flips
         self.device = torch.device(device)
         self.batch_tiles = 1 if self.device.type == "cpu" else 16
         self._model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -94,13 +127,13 @@ class TorchEngine:
     def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
         """See `Engine`."""
         tiles = torch.from_numpy(np.ascontiguousarray(tiles_BHWC)).to(self.device, non_blocking=True)
-        logits = {level: head[:, :, *core] for level, head in self._model.heads_of(scale(tiles, self.config)).items()}
-        if self.mode == "fast":
-            probability_BKHW = probabilities(logits[self.config.level])
-        else:
-            probability_BKHW = torch.stack([probabilities(head) for head in logits.values()]).mean(0)
-        mask_BHW, margin_BHW = decide(probability_BKHW)
-        finite_B = torch.stack([head.isfinite().flatten(1).all(1) for head in logits.values()]).all(0)
+        seen, finite = [], []
+        for logits in mirrored_heads(self._model, scale(tiles, self.config), core, flips=self.flips):
+            heads = probabilities(logits, self.config)
+            seen.append(heads[self.config.level] if self.mode == "fast" else mean_of(heads.values()))
+            finite += [head.isfinite().flatten(1).all(1) for head in logits.values()]
+        mask_BHW, margin_BHW = decide(mean_of(seen))
+        finite_B = torch.stack(finite).all(0)
         margins = margin_BHW.flatten(1).mean(1).tolist()
         stats = [TileStats(finite, margin) for finite, margin in zip(finite_B.tolist(), margins, strict=True)]
         return mask_BHW.cpu().numpy(), stats

@@ -3,16 +3,28 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unetpp import tiles
 from unetpp.checkpoint import digest, from_pretrained
 from unetpp.config import Level, ModelConfig
-from unetpp.engines import Engine, Mode, Pixels, TileStats, TorchEngine, decide, probabilities, scale
+from unetpp.engines import (
+    Engine,
+    Mode,
+    Pixels,
+    TileStats,
+    TorchEngine,
+    decide,
+    mean_of,
+    mirrored_heads,
+    probabilities,
+    scale,
+)
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.model import UNetPlusPlus
@@ -22,6 +34,7 @@ MIN_TILE_PX = 64
 """Smaller tiles would be nearly all halo. A multiple of every pad_multiple."""
 
 EngineName = Literal["torch"]
+Name = TypeVar("Name", str, int)
 Image = Pixels
 """HW or HWC: uint8, uint16 or float32."""
 
@@ -61,24 +74,28 @@ class Predictor:
         engine: EngineName = "torch",
         tile_px: int = 512,
         device: str = "cpu",
+        *,
+        flips: bool = False,
     ) -> Self:
-        """Load a model folder, pruned to `level` (default: its deepest).
+        """Load a model folder, or a packaged model by its name, pruned to `level` (default: its deepest).
 
-        ModelError for a folder that is no model; ConfigError for a level without a head or accurate mode with one head.
+        With `flips`, accurate mode also averages over the mirror images of what it sees.
+
+        ModelError for a folder that is no model; ConfigError for a level without a head, accurate mode with one head,
+        flips in fast mode.
         """
+        if flips and mode != "accurate":
+            raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
         model = from_pretrained(model_dir, level, keep_heads=mode == "accurate")
         config = model.config
-        if mode == "accurate" and config.head_levels != tuple(range(1, config.level + 1)):
-            raise ConfigError(
-                f"accurate mode averages the heads of every level, this model has {list(config.head_levels)} only; "
-                "take the unpruned model, or mode fast"
-            )
+        if mode == "accurate":
+            refuse_single_head(config)
         if mode == "fast" and len(config.head_levels) > 1:
             model = prune(model, config.level)
         return cls(
-            TorchEngine(model, mode, device),
+            TorchEngine(model, mode, device, flips=flips),
             model.config,
-            digest=digest(model, mode=mode, precision="f32"),
+            digest=digest(model, mode=mode, precision="f32", **({"flips": "mean"} if flips else {})),
             tile_px=tile_px,
         )
 
@@ -186,25 +203,69 @@ def _prediction(
     )
 
 
-@torch.inference_mode()
-def masks_by_level(model: UNetPlusPlus, image: Image, *, tile_px: int = 512) -> dict[str, NDArray[np.uint8]]:
+def refuse_single_head(config: ModelConfig) -> None:
+    """ConfigError where accurate mode has not the heads of every level to average."""
+    if config.head_levels != tuple(range(1, config.level + 1)):
+        raise ConfigError(
+            f"accurate mode averages the heads of every level, this model has {list(config.head_levels)} only; "
+            "take the unpruned model, or mode fast"
+        )
+
+
+def masks_by_level(
+    model: UNetPlusPlus, image: Image, *, tile_px: int = 512, flips: bool = False
+) -> dict[str, NDArray[np.uint8]]:
     """The masks of every head (`L1`..`L4`) and, with several heads, of accurate mode, in one pass over `image`.
 
-    For measuring: one forward serves all levels. The model is used as it is, on its own device.
+    With `flips` also `accurate+flips`, in three passes more. For measuring: one forward serves all levels. The model is
+    used as it is, on its own device.
     """
+
+    def masks_of(x_1CHW: Tensor, core: tuple[slice, slice]) -> dict[str, Pixels]:
+        means: list[Tensor] = []
+        outputs: dict[str, Tensor] = {}
+        for logits in mirrored_heads(model, x_1CHW, core, flips=flips):
+            heads = probabilities(logits, model.config)
+            means.append(mean_of(heads.values()))
+            outputs = outputs or {f"L{level}": head for level, head in heads.items()}  # of the image as it is
+        if len(outputs) > 1:
+            outputs["accurate"] = means[0]
+        if flips:
+            outputs["accurate+flips"] = mean_of(means)
+        return {name: decide(probability)[0][0].cpu().numpy() for name, probability in outputs.items()}
+
+    stitched = _stitched(model, image, tile_px, masks_of)
+    return {name: mask_HW.astype(np.uint8, copy=False) for name, mask_HW in stitched.items()}
+
+
+def logits_by_level(model: UNetPlusPlus, image: Image, *, tile_px: int = 512) -> dict[int, NDArray[np.float32]]:
+    """logits_HWK of every head, not divided by any temperature. The model is used as it is, on its own device."""
+
+    def logits_of(x_1CHW: Tensor, core: tuple[slice, slice]) -> dict[int, Pixels]:
+        (logits,) = mirrored_heads(model, x_1CHW, core, flips=False)
+        return {level: head[0].permute(1, 2, 0).cpu().numpy() for level, head in logits.items()}
+
+    stitched = _stitched(model, image, tile_px, logits_of)
+    return {level: logits_HWK.astype(np.float32, copy=False) for level, logits_HWK in stitched.items()}
+
+
+@torch.inference_mode()
+def _stitched(
+    model: UNetPlusPlus,
+    image: Image,
+    tile_px: int,
+    outputs_of: Callable[[Tensor, tuple[slice, slice]], dict[Name, Pixels]],
+) -> dict[Name, Pixels]:
+    """What a function makes of a tile's x_1CHW and core, stitched to the image's size, output by output."""
     device = next(model.parameters()).device
     padded_HWC = _prepare(image, model.config)
     plan = _plan(image.shape[:2], model.config, tile_px)
-    cores: dict[str, list[NDArray[np.uint8]]] = {}
+    cores: dict[Name, list[Pixels]] = {}
     for tile in plan.tiles:
         tile_1HWC = torch.from_numpy(np.array(tiles.cut(padded_HWC, tile))[None]).to(device)
-        logits = model.heads_of(scale(tile_1HWC, model.config))
-        heads = {f"L{level}": probabilities(head[:, :, *tile.core_slices]) for level, head in logits.items()}
-        if len(heads) > 1:
-            heads["accurate"] = torch.stack(list(heads.values())).mean(0)
-        for name, probability_1KHW in heads.items():
-            cores.setdefault(name, []).append(decide(probability_1KHW)[0][0].cpu().numpy())
-    return {name: tiles.stitch(plan, level_cores).astype(np.uint8, copy=False) for name, level_cores in cores.items()}
+        for name, core in outputs_of(scale(tile_1HWC, model.config), tile.core_slices).items():
+            cores.setdefault(name, []).append(core)
+    return {name: tiles.stitch(plan, output_cores) for name, output_cores in cores.items()}
 
 
 def _prepare(image: Image, config: ModelConfig) -> Image:

@@ -19,15 +19,15 @@ def prune(model: UNetPlusPlus, level: Level, *, keep_heads: bool = False) -> UNe
             f"level {level} has no supervised head in this model; it has heads at levels {list(config.head_levels)}. "
             "Train with deep_supervision to be able to prune"
         )
-    pruned = UNetPlusPlus(
-        config.model_copy(
-            update={
-                "level": level,
-                "filters": config.filters[: level + 1],
-                "deep_supervision": keep_heads and config.deep_supervision,
-            }
-        )
+    pruned_config = config.model_copy(
+        update={
+            "level": level,
+            "filters": config.filters[: level + 1],
+            "deep_supervision": keep_heads and config.deep_supervision,
+        }
     )
+    kept = {head: degree for head, degree in config.temperature.items() if head in pruned_config.head_levels}
+    pruned = UNetPlusPlus(pruned_config.model_copy(update={"temperature": kept}))
     weights = model.state_dict()
     pruned.load_state_dict({name: weights[name] for name in pruned.state_dict()})
     device = next(model.parameters()).device

@@ -1,20 +1,26 @@
 """Evaluation and pruning by tolerance: the numbers are those of the masks, and the choice follows from them."""
 
 import csv
+import io
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from jobs.contract import EvaluateConfig, LevelChoice, PruneConfig, SynthConfig
+from jobs.calibrate import calibrate
+from jobs.contract import EvaluateConfig, PruneConfig, SynthConfig
 from jobs.dataset import load, open_labelled_set
 from jobs.evaluate import run as evaluate
+from jobs.frontier import frontier_png
 from jobs.prune import choose_level, compare_levels
 from jobs.prune import run as prune
+from jobs.summary import group_table
 from jobs.synth import run as synthesise
-from unetpp.checkpoint import from_pretrained, read_pretrained, save_pretrained
+from unetpp.card import LevelChoice
+from unetpp.checkpoint import Pretrained, from_pretrained, read_pretrained, save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
 from unetpp.model import UNetPlusPlus, count_parameters
@@ -68,6 +74,27 @@ def test_cost_grows_with_the_level(model_dir: Path, data_dir: Path) -> None:
     assert all(report.seconds_per_megapixel > 0 for report in result.reports)
 
 
+def test_mirror_images_are_one_output_more_at_four_times_the_cost(model_dir: Path, data_dir: Path) -> None:
+    asked = {"model": str(model_dir), "data": str(data_dir), "split": "val", "num_bootstrap": 100}
+    plain, result = (evaluate(EvaluateConfig.model_validate({**asked, "flips": flips})) for flips in (False, True))
+    assert [report.name for report in result.reports] == ["L1", "L2", "L3", "accurate", "accurate+flips"]
+    assert result.image_iou.items() >= plain.image_iou.items()
+    images = load(open_labelled_set(str(data_dir)).split("val"), from_pretrained(model_dir).config)
+    masks = Predictor.from_pretrained(model_dir, mode="accurate", flips=True)([image.image_HWC for image in images])  # type: ignore[misc]
+    overlaps = [(m > 0, image.target_HW > 0) for m, image in zip(masks, images, strict=True)]
+    ious = [(m & t).sum() / max(1, (m | t).sum()) for m, t in overlaps]
+    assert result.image_iou["accurate+flips"] == pytest.approx(ious, abs=1e-9)
+    accurate, flips = result.reports[-2:]
+    assert flips.gmacs_per_megapixel == pytest.approx(4 * accurate.gmacs_per_megapixel)
+    assert flips.num_parameters == accurate.num_parameters
+
+
+def test_mirror_images_are_refused_for_a_single_head(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(model_dir, 2), tmp_path)
+    with pytest.raises(ConfigError, match=r"accurate mode averages .* has \[2\] only"):
+        evaluate(EvaluateConfig(model=str(tmp_path), data=str(data_dir), flips=True))
+
+
 def test_the_table_the_plot_and_the_card_are_written(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     save_pretrained(from_pretrained(model_dir), tmp_path / "model")
     result = evaluate(
@@ -88,7 +115,32 @@ def test_the_table_the_plot_and_the_card_are_written(model_dir: Path, data_dir: 
     scores = read_pretrained(tmp_path / "model").scores
     assert scores["L2"].mean_iou == result.reports[1].score.mean_iou
     assert f"{scores['L2'].mean_iou:.4f}" in (tmp_path / "model" / "README.md").read_text()
+    assert scores["L2"].data == data_dir.name
+    assert scores["L2"].data_fingerprint == open_labelled_set(str(data_dir)).fingerprint
+    for group, score in scores["L2"].groups.items():
+        assert score.mean_iou_interval == result.reports[1].groups[group].mean_iou_interval
     assert from_pretrained(tmp_path / "model").state_dict().keys() == from_pretrained(model_dir).state_dict().keys()
+
+
+def test_quality_is_shown_by_group_with_its_interval_and_without_one_for_a_single_image(
+    model_dir: Path, data_dir: Path
+) -> None:
+    result = evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), split="train", num_bootstrap=100))
+    score = result.reports[1].groups["fluorescence"]
+    assert score.num_images > 1
+    lonely = score.model_copy(update={"num_images": 1})
+    console = Console(width=100, record=True, file=io.StringIO())
+    for groups in ({"fluorescence": score}, {"fluorescence": lonely}):
+        reports = [report.model_copy(update={"groups": groups}) for report in result.reports]
+        console.print(group_table(reports))
+    with_interval, without = console.export_text().split("Mean IoU by group")[1:]
+    low, high = score.mean_iou_interval
+    assert f"{score.mean_iou:.4f} │ {low:.3f} .. {high:.3f}" in with_interval
+    assert f"{score.mean_iou:.4f}" in without
+    assert " .. " not in without
+    no_groups = [report.model_copy(update={"groups": {}}) for report in result.reports]
+    assert group_table(no_groups) is None
+    assert frontier_png(reports) == frontier_png(no_groups) != frontier_png(result.reports)
 
 
 def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> None:
@@ -154,8 +206,29 @@ def test_the_pruned_model_is_a_model(way: dict[str, float], model_dir: Path, dat
     if "tolerance" in way:
         assert [choice.level for choice in result.choices] == [1, 2, 3]
         assert list(pruned.scores) == ["L1", "L2", "L3", "accurate"]  # what it was chosen from
+        assert pruned.level_choice is not None
+        assert (pruned.level_choice.level, pruned.level_choice.levels) == (result.level, result.choices)
+        assert (tmp_path / "pruned" / "level_choice.png").read_bytes().startswith(b"\x89PNG")
+        assert "](level_choice.png)" in (tmp_path / "pruned" / "README.md").read_text()
+    else:
+        assert pruned.level_choice is None
+        assert sorted(path.name for path in (tmp_path / "pruned").iterdir()) == [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+        ]
     with pytest.raises(ConfigError):
         prune(PruneConfig(model=str(tmp_path / "pruned"), out=str(tmp_path / "again"), level=3))
+
+
+def test_a_pruned_model_keeps_the_calibration_of_its_head(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).split("val"), from_pretrained(model_dir).config)
+    model, found = calibrate(from_pretrained(model_dir), images)
+    save_pretrained(model, tmp_path / "full", Pretrained(model=model.config, calibration=found))
+    prune(PruneConfig(model=str(tmp_path / "full"), level=2, out=str(tmp_path / "pruned")))
+    pruned = read_pretrained(tmp_path / "pruned")
+    assert pruned.calibration == {2: found[2]}
+    assert pruned.model.temperature == {2: found[2].temperature}
 
 
 def test_an_evaluation_serves_the_choice_as_well_as_its_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

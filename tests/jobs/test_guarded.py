@@ -121,9 +121,10 @@ def test_many_threads_share_few_children(archive: Path) -> None:
 def test_a_guarded_prediction_is_the_prediction(tiny_model: Path) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (50, 40, 3), np.uint8), rng.integers(0, 65536, (20, 90, 1), np.uint16)]
-    wanted = Predictor.from_pretrained(tiny_model, tile_px=64).predict(images)
-    with GuardedPredictor(tiny_model, 2, "fast", 64) as predictor:
-        seen = predictor.predict(images)
-    for one, other in zip(seen, wanted, strict=True):
-        np.testing.assert_array_equal(one.mask_HW, other.mask_HW)
-        assert one.uncertainty == pytest.approx(other.uncertainty, abs=1e-6)
+    for mode, flips in (("fast", False), ("accurate", True)):
+        wanted = Predictor.from_pretrained(tiny_model, mode, tile_px=64, flips=flips).predict(images)  # type: ignore[arg-type]
+        with GuardedPredictor(tiny_model, 2, mode, 64, flips=flips) as predictor:  # type: ignore[arg-type]
+            seen = predictor.predict(images)
+        for one, other in zip(seen, wanted, strict=True):
+            np.testing.assert_array_equal(one.mask_HW, other.mask_HW)
+            assert one.uncertainty == pytest.approx(other.uncertainty, abs=1e-6)

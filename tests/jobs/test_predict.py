@@ -136,10 +136,16 @@ def test_other_programs_read_the_table_as_it_is(segment) -> None:
 
 
 def test_levels_and_modes_are_models_of_their_own(segment) -> None:
-    deep, shallow, accurate = segment(), segment(level=1), segment(mode="accurate")
-    assert len({result.model_digest for result in (deep, shallow, accurate)}) == 3
-    assert [result.runs for result in (deep, shallow, accurate)] == [("r00001",), ("r00002",), ("r00003",)]
+    results = [segment(), segment(level=1), segment(mode="accurate"), segment(mode="accurate", flips=True)]
+    assert len({result.model_digest for result in results}) == 4
+    assert [result.runs for result in results] == [("r00001",), ("r00002",), ("r00003",), ("r00004",)]
+    shallow, flips = results[1], results[3]
     assert {row["level"] for row in _rows(shallow)} == {1}
+    assert segment(mode="accurate", flips=True).status == "unchanged"
+    assert flips.report_uri is not None
+    assert "accurate+flips mode" in Path(flips.report_uri).read_text()
+    with pytest.raises(ValueError, match="flips average over mirror images in accurate mode"):
+        segment(flips=True)
 
 
 # ------------------------------------------------------------------------------------------------ again

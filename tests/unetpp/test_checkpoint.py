@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unetpp.calibrate import with_temperature
 from unetpp.checkpoint import LevelScore, Pretrained, digest, from_pretrained, read_pretrained, save_pretrained
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError, ModelError
@@ -53,7 +54,7 @@ def test_the_card_carries_scores_and_history(model: UNetPlusPlus, tmp_path: Path
     save_pretrained(model, tmp_path, Pretrained(model=CONFIG, scores={"L2": score}, training={"seed": 7}))
     assert read_pretrained(tmp_path).scores == {"L2": score}
     card = (tmp_path / "README.md").read_text()
-    assert "| L2 | 68 (val) | 0.8123 | 0.7900 to 0.8300 | 1,234 |" in card
+    assert "| L2 | 68 (val) | 0.8123 | 0.7900 to 0.8300 | 1,234 | 5.5 | 0.250 |" in card
     assert '"seed": 7' in card
 
 
@@ -116,6 +117,26 @@ def test_the_digest_follows_what_decides_a_pixel(model: UNetPlusPlus) -> None:
     with torch.no_grad():
         model.heads["1"].bias += 1e-3
     assert plain != digest(model, mode="fast")
+
+
+def test_a_temperature_counts_for_the_digest_where_it_changes_a_probability(model: UNetPlusPlus) -> None:
+    plain = digest(model)
+    assert digest(with_temperature(model, dict.fromkeys((1, 2, 3, 4), 1.0))) == plain
+    assert digest(with_temperature(model, {2: 1.5})) != plain
+    assert digest(with_temperature(model, {2: 1.5, 3: 1.0})) == digest(with_temperature(model, {2: 1.5}))
+    assert digest(prune(with_temperature(model, {2: 1.5}), 3)) == digest(prune(model, 3))
+
+
+def test_each_head_takes_its_temperature_along(model: UNetPlusPlus, tmp_path: Path) -> None:
+    calibrated = with_temperature(model, {1: 1.1, 2: 1.2, 3: 1.3, 4: 1.4})
+    save_pretrained(calibrated, tmp_path / "full")
+    save_pretrained(prune(calibrated, 3), tmp_path / "pruned")
+    assert from_pretrained(tmp_path / "full").config.temperature == {1: 1.1, 2: 1.2, 3: 1.3, 4: 1.4}
+    assert from_pretrained(tmp_path / "pruned").config.temperature == {3: 1.3}
+    assert prune(calibrated, 3, keep_heads=True).config.temperature == {1: 1.1, 2: 1.2, 3: 1.3}
+    assert digest(from_pretrained(tmp_path / "full", 3)) == digest(from_pretrained(tmp_path / "pruned"))
+    with pytest.raises(ValueError, match=r"temperature names levels \[1\], the model has heads \[2\]"):
+        ModelConfig(level=2, deep_supervision=False, temperature={1: 2.0})
 
 
 def test_the_way_of_pruning_does_not_change_the_digest(model: UNetPlusPlus, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from unetpp.calibrate import with_temperature
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.engines import Engine, TorchEngine, fold_batch_norm, scale
 from unetpp.errors import ConfigError, ImageError
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import Predictor, masks_by_level
+from unetpp.predictor import Predictor, logits_by_level, masks_by_level
 from unetpp.prune import prune
 from unetpp.tiles import cut, pad, plan_tiles, stitch
 
@@ -57,13 +58,14 @@ def tiled_logits(model: UNetPlusPlus, image_HWC: NDArray[np.uint8], tile_px: int
     return stitch(plan, (core(tile) for tile in plan.tiles))
 
 
-def exact_model(level: int, upsample: str) -> UNetPlusPlus:
+def exact_model(level: int, upsample: str, *, deep_supervision: bool = False) -> UNetPlusPlus:
     """A model whose arithmetic has no rounding, so that the order of its sums, which kernels choose by shape, is moot.
 
     Weights are a few of -1, 0, 1, inputs multiples of 1/256, bilinear factors multiples of 1/16.
     """
     torch.manual_seed(level)
-    config = {"filters": NARROW, "level": level, "upsample": upsample, "norm": "none", "deep_supervision": False}
+    config = {"filters": NARROW, "level": level, "upsample": upsample, "norm": "none"}
+    config["deep_supervision"] = deep_supervision
     model = UNetPlusPlus(ModelConfig.model_validate({**config, "value_range": {"uint8": (0, 256)}})).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
@@ -179,6 +181,86 @@ def test_one_pass_gives_every_level_and_accurate_mode(tmp_path: Path) -> None:
     for level in LEVELS:
         assert np.array_equal(masks[f"L{level}"], Predictor.from_pretrained(tmp_path, level=level)([image])[0])
     assert np.array_equal(masks["accurate"], Predictor.from_pretrained(tmp_path, mode="accurate")([image])[0])
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_flips_average_what_the_mirror_images_give(tmp_path: Path, num_classes: int) -> None:
+    """The oracle mirrors the image itself, whose sides need no padding."""
+    model = random_model(level=2, num_classes=num_classes)
+    save_pretrained(model, tmp_path)
+    image = random_image(64, 48)
+    seen = []
+    for turn in (np.s_[:, :], np.s_[:, ::-1], np.s_[::-1, :], np.s_[::-1, ::-1]):
+        with torch.no_grad():
+            heads = model(scale(torch.from_numpy(image[turn].copy()[None]), model.config))
+        one, two = (head.sigmoid() if num_classes == 1 else head.softmax(1) for head in heads.values())
+        seen.append(((one + two) / 2).numpy()[0][:, *turn])
+    mean_KHW = np.mean(seen, axis=0)
+    margin = np.abs(2 * mean_KHW - 1) if num_classes == 1 else -np.diff(np.sort(mean_KHW, 0)[-2:][::-1], axis=0)
+    wanted = mean_KHW[0] > 0.5 if num_classes == 1 else mean_KHW.argmax(0)
+    assert len(np.unique(wanted)) > 1
+    prediction = Predictor.from_pretrained(tmp_path, mode="accurate", flips=True).predict([image])[0]
+    sure = margin[0] > 1e-5
+    assert np.array_equal(prediction.mask_HW[sure], wanted[sure])
+    assert prediction.uncertainty == pytest.approx(1 - margin.mean(), abs=1e-5)
+    plain = Predictor.from_pretrained(tmp_path, mode="accurate").predict([image])[0]
+    assert not np.array_equal(plain.mask_HW, prediction.mask_HW)
+    assert np.array_equal(masks_by_level(model, image, flips=True)["accurate+flips"][sure], wanted[sure])
+
+
+@pytest.mark.parametrize(("level", "upsample"), [(1, "deconv"), (2, "bilinear"), (3, "deconv"), (4, "nearest")])
+def test_tiling_is_invisible_with_flips_too(tmp_path: Path, level: int, upsample: str) -> None:
+    save_pretrained(exact_model(level, upsample, deep_supervision=True), tmp_path)
+    images = [random_image(301, 275), random_image(40, 401, seed=1)]  # odd sides: the padding is mirrored as well
+    whole = Predictor.from_pretrained(tmp_path, mode="accurate", tile_px=1024, flips=True).predict(images)
+    tiled = Predictor.from_pretrained(tmp_path, mode="accurate", tile_px=64, flips=True).predict(images)
+    for one, other in zip(whole, tiled, strict=True):
+        assert 0 < one.mask_HW.mean() < 1
+        assert np.array_equal(one.mask_HW, other.mask_HW)
+        assert one.uncertainty == pytest.approx(other.uncertainty, abs=1e-6)
+
+
+def test_flips_are_of_accurate_mode_and_part_of_the_digest(tmp_path: Path) -> None:
+    save_pretrained(random_model(level=2), tmp_path)
+    with pytest.raises(ConfigError, match="flips average over mirror images in accurate mode, the mode is fast"):
+        Predictor.from_pretrained(tmp_path, flips=True)
+    with_flips = Predictor.from_pretrained(tmp_path, mode="accurate", flips=True)
+    assert with_flips.digest != Predictor.from_pretrained(tmp_path, mode="accurate").digest
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_temperature_changes_how_sure_a_head_is_and_not_what_it_says(tmp_path: Path, num_classes: int) -> None:
+    model = random_model(level=2, num_classes=num_classes)
+    save_pretrained(model, tmp_path / "plain")
+    save_pretrained(with_temperature(model, {1: 0.5, 2: 3.0}), tmp_path / "calibrated")
+    image = random_image(64, 48)
+    with torch.no_grad():
+        heads = model(scale(torch.from_numpy(image[None]), model.config))
+    for level, degree in ((1, 0.5), (2, 3.0)):
+        plain = Predictor.from_pretrained(tmp_path / "plain", level=level).predict([image])[0]
+        calibrated = Predictor.from_pretrained(tmp_path / "calibrated", level=level).predict([image])[0]
+        assert np.array_equal(plain.mask_HW, calibrated.mask_HW)
+        assert (calibrated.uncertainty > plain.uncertainty) == (degree > 1)
+    scaled = [heads[1] / 0.5, heads[2] / 3.0]
+    mean = sum(head.sigmoid() if num_classes == 1 else head.softmax(1) for head in scaled) / 2
+    wanted = (mean[0, 0] > 0.5) if num_classes == 1 else mean[0].argmax(0)
+    for masks in (
+        Predictor.from_pretrained(tmp_path / "calibrated", mode="accurate")([image])[0],
+        masks_by_level(with_temperature(model, {1: 0.5, 2: 3.0}), image)["accurate"],
+    ):
+        assert np.mean(masks != wanted.numpy()) < 1e-3
+        assert np.mean(masks != masks_by_level(model, image)["accurate"]) > 1e-3
+
+
+@torch.no_grad()
+def test_logits_by_level_are_those_of_the_network() -> None:
+    model = with_temperature(random_model(num_classes=3), {2: 4.0})
+    image = random_image(150, 90)
+    whole = model(scale(torch.from_numpy(image[None]), model.config))
+    logits = logits_by_level(model, image, tile_px=64)
+    assert list(logits) == list(LEVELS)
+    for level, logits_HWK in logits.items():
+        assert np.abs(logits_HWK - whole[level][0].permute(1, 2, 0).numpy()).max() < 1e-4
 
 
 def test_accurate_mode_needs_the_heads(tmp_path: Path) -> None:
