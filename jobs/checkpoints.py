@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 
+Environment = dict[str, str | int | None]
+
 
 class EpochMetrics(Frozen):
     """How an epoch ended. `val_iou` is mean per-image IoU by output, `val_mean_iou` the mean of the heads'."""
@@ -42,6 +44,7 @@ class Checkpoint(Frozen):
     state: str
     sha256: str
     history: tuple[EpochMetrics, ...]
+    environment: Environment = Field({}, description="code, versions and hardware that computed it")
 
     @property
     def metrics(self) -> EpochMetrics:
@@ -54,10 +57,14 @@ class Checkpoint(Frozen):
         return self.metrics.epoch
 
 
-def save(run_uri: str, state: bytes, history: tuple[EpochMetrics, ...]) -> Checkpoint:
+def save(
+    run_uri: str, state: bytes, history: tuple[EpochMetrics, ...], environment: Environment | None = None
+) -> Checkpoint:
     """Write the state after the last epoch of `history`."""
     sha256 = hashlib.sha256(state).hexdigest()
-    checkpoint = Checkpoint(state=f"state-{sha256[:16]}.pt", sha256=sha256, history=history)
+    checkpoint = Checkpoint(
+        state=f"state-{sha256[:16]}.pt", sha256=sha256, history=history, environment=environment or {}
+    )
     folder = _folder(run_uri, checkpoint.epoch)
     storage.write_bytes(storage.join(folder, checkpoint.state), state)
     storage.write_bytes(storage.join(folder, COMPLETE), checkpoint.model_dump_json(indent=2).encode())

@@ -14,6 +14,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 
 import ray
 import ray.train
@@ -24,11 +25,13 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
 
 from jobs import checkpoints, storage
+from jobs.calibrate import calibrate
 from jobs.checkpoints import EpochMetrics
 from jobs.cluster import local_ray
 from jobs.config_file import write_command
 from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_labelled_set
+from jobs.provenance import training_data
 from jobs.train_records import logged
 from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
@@ -67,7 +70,7 @@ def run(config: TrainConfig) -> TrainResult:
     with local_ray(num_cpus=config.worker_bounds[1] * (config.threads_per_worker or 1)):
         _fit(config, run_uri, train, val, steps_per_epoch)
     model_uri = storage.join(run_uri, "model")
-    best, model_digest = _export(config, labelled, run_uri, model_uri)
+    best, model_digest = _export(config, labelled, val, run_uri, model_uri)
     last = checkpoints.complete(run_uri)[0].metrics
     result = TrainResult(
         run=name,
@@ -154,24 +157,33 @@ def _fit(
         ) from error
 
 
-def _export(config: TrainConfig, labelled: LabelledSet, run_uri: str, model_uri: str) -> tuple[EpochMetrics, str]:
-    """Write the averaged weights of the best epoch as a model folder; that epoch, and the model's digest."""
+def _export(
+    config: TrainConfig, labelled: LabelledSet, val: Sequence[LabelledImage], run_uri: str, model_uri: str
+) -> tuple[EpochMetrics, str]:
+    """Write the averaged weights of the best epoch, calibrated, as a model folder; that epoch, and its digest."""
     found = checkpoints.best(run_uri)
     if found is None:
         raise StorageError(f"{run_uri} has no checkpoint that is whole: say the same command again to train it anew")
     checkpoint, content = found
-    model = trained_network(config.model, content)
+    model, calibration = calibrate(trained_network(config.model, content), val, seed=config.seed)
     training = {
         "command": write_command("train", config.model_copy(update={"result": None})),
         "seed": config.seed,
         "config": config.model_dump(mode="json", exclude={"model", "result"}),
-        "data_fingerprint": labelled.fingerprint,
-        "num_training_images": len(labelled.split(config.train_split)),
         "epoch": checkpoint.epoch,
         "val_iou": checkpoint.metrics.val_iou,
+        "environment": checkpoint.environment,
     }
+    pretrained = Pretrained(
+        model=model.config,
+        training=training,
+        calibration=calibration,
+        data=training_data(labelled, (config.train_split, config.val_split), config.data_licence),
+        licence=config.licence,
+        intended_use=config.intended_use,
+    )
     with tempfile.TemporaryDirectory() as model_dir:
-        save_pretrained(model, model_dir, Pretrained(model=config.model, training=training))
+        save_pretrained(model, model_dir, pretrained)
         storage.upload_folder(model_dir, model_uri, last="config.json")
     return checkpoint.metrics, digest(model)
 

@@ -16,6 +16,7 @@ from jobs.checkpoints import EpochMetrics
 from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, LabelledImage
 from jobs.models import fetch_model
+from jobs.provenance import provenance
 from jobs.train_records import Progress, write_records
 from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
@@ -76,6 +77,7 @@ class Worker:
         self.device = get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
+        self.environment = provenance()
         train, self.val = ray.get([settings["train"], settings["val"]])
         self.sampler = CropSampler(train, self.config)
         news = settings["news"] if self.rank == 0 else None
@@ -115,7 +117,7 @@ class Worker:
         )
         history = (*history, metrics)
         if self.rank == 0:
-            checkpoints.save(self.run_uri, state.save(), history)
+            checkpoints.save(self.run_uri, state.save(), history, self.environment)
             checkpoints.tidy(self.run_uri, self.config.keep_checkpoints)
             write_records(self.run_uri, history, losses, rates)
         self.progress.epoch(metrics)
