@@ -36,6 +36,13 @@ def fingerprint(content: BaseModel | dict[str, object]) -> str:
 
 # ------------------------------------------------------------------------------------------------ train
 
+Cache = Literal["auto", "memory", "disk"]
+
+LABELLED_DATA = (
+    "labelled data set: folder or s3:// prefix with images/ and masks/ or annotations.json, or of .parquet files"
+)
+SPLIT_COLUMN = "column that names the split of an image: of splits.csv, of Parquet, or a key of COCO images"
+
 
 class TrainOptions(Frozen):
     """How to train, wherever the data is: the part of `TrainConfig` that a flow's config holds."""
@@ -44,6 +51,7 @@ class TrainOptions(Frozen):
         "unetpp", description="the run's name; the config's fingerprint is added to it"
     )
     model: ModelConfig = ModelConfig()
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     train_split: str = Field("train", description="rows of splits.csv to train on")
     val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
@@ -70,6 +78,9 @@ class TrainOptions(Frozen):
         None, description="CPU threads a worker; default: its share of a node's CPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    cache: Cache = Field(
+        "auto", description="where decoded images are: auto is memory up to a quarter of a node's, else a file there"
+    )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, the best ones first")
 
     @model_validator(mode="after")
@@ -89,13 +100,13 @@ class TrainOptions(Frozen):
 class TrainConfig(TrainOptions):
     """Train a UNet++ with deep supervision on a labelled data set."""
 
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    data: str = Field(description=LABELLED_DATA)
     output: str = Field(description="folder or s3:// prefix for checkpoints and the trained model")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
     def run_fingerprint(self) -> str:
         """What must be equal for a run to be resumed: everything that changes the weights."""
-        changes_nothing = {"result", "output", "name", "threads_per_worker", "keep_checkpoints", "device"}
+        changes_nothing = {"result", "output", "name", "threads_per_worker", "keep_checkpoints", "device", "cache"}
         return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
 
 
@@ -119,7 +130,8 @@ class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 
     model: str = Field(description="model folder or URI")
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    data: str = Field(description=LABELLED_DATA)
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
@@ -182,6 +194,7 @@ class PruneConfig(Frozen):
         None, description="keep the cheapest level that loses at most this much mean IoU against the best"
     )
     data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     split: str | None = Field("val", description="rows of splits.csv to choose on")
     metrics: str | None = Field(
         None, description="metrics.json of an evaluation of this model to choose by, instead of data"

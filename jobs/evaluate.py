@@ -17,7 +17,8 @@ import torch
 
 from jobs import storage
 from jobs.contract import EvaluateConfig, EvaluateResult, LevelReport, Score
-from jobs.dataset import Sample, load, open_labelled_set
+from jobs.dataset import load, open_labelled_set
+from jobs.labelled import Sample
 from jobs.models import fetch_model
 from unetpp.checkpoint import LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
 from unetpp.engines import TorchEngine, keep_freed_memory
@@ -40,7 +41,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     model = from_pretrained(fetch_model(config.model))
-    samples = open_labelled_set(config.data).split(config.split)
+    samples = open_labelled_set(config.data, config.split_column).split(config.split)
     column = _group_column(samples, config)
     logger.info("evaluating %d images of %s", len(samples), config.data)
     counts = measure_quality(model, samples, config.tile_px)

@@ -105,9 +105,7 @@ def encode_mask(mask_HW: Mask, num_classes: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def decode_mask(
-    data: bytes, num_classes: int = 1, *, ignore: int | None = None, max_pixels: int = MAX_PIXELS
-) -> Mask:
+def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None, max_pixels: int = MAX_PIXELS) -> Mask:
     """Class ids `mask_HW`, uint8, from an image file of labels: the inverse of `encode_mask`, and a bit more.
 
     With `num_classes` 1 every pixel that is not 0 in some channel is foreground, 1. With more, ids are a palette
