@@ -11,12 +11,15 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
-from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig
+from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, ValueRange
 from unetpp.errors import ImageErrorCode
 
 
 class ExitCode(IntEnum):
-    """How a job ended, for shells and schedulers."""
+    """How a job ended, for shells and schedulers.
+
+    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on.
+    """
 
     DONE = 0
     OTHER = 1
@@ -524,6 +527,75 @@ class RollbackResult(Frozen):
     level: Level
     model_uri: str
     reason: str
+
+
+# ---------------------------------------------------------------------------------------------- inspect
+
+
+class InspectConfig(Frozen):
+    """Look at a labelled data set before it is trained on: what does not fit, and what would make scores too good."""
+
+    data: str = Field(description=LABELLED_DATA, json_schema_extra={"positional": True})
+    output: str | None = Field(
+        None, description="folder or URI for contact_sheet.png, images.csv (a line an image) and inspect.json"
+    )
+    split_column: str = Field("split", description=SPLIT_COLUMN)
+    leave_out: tuple[str, ...] = Field(
+        ("excluded",), description="splits that are neither trained nor measured on: not compared with the others"
+    )
+    group_by: str | None = Field(None, description="column to show values by; default: modality if there")
+    num_classes: Annotated[int, Field(ge=1, le=255)] = Field(
+        1, description="classes that the model will have; 1: every pixel of a mask that is not 0 is foreground"
+    )
+    ignore_index: Annotated[int, Field(ge=0, le=255)] | None = Field(
+        None, description="value of masks that says a pixel is not labelled"
+    )
+    value_range: ValueRange = ValueRange()
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Finding(Frozen):
+    """One kind of thing that is wrong with a set, or odd."""
+
+    code: str
+    severity: Severity
+    count: int = Field(
+        description="how many images it concerns; of shared groups, how many groups; of neighbours, pairs"
+    )
+    ids: tuple[str, ...] = Field(description="the first of them; those that belong together with a plus between")
+    what: str
+    advice: str
+
+
+class GroupValues(Frozen):
+    """What the images of one group of one split hold. Values are the files'; None where nothing could be decoded."""
+
+    split: str
+    group: str
+    num_images: int
+    sizes: str
+    pixel_types: str
+    low: float | None
+    high: float | None
+    mean: float | None
+    foreground: float | None = Field(description="share of the labelled pixels that are not background")
+
+
+class InspectResult(Frozen):
+    """What `inspect` found. Exit code 0: nothing but notes, 3: warnings, 10: errors, it cannot be trained on."""
+
+    data: str
+    form: str
+    split_column: str
+    fingerprint: str
+    num_images: int
+    groups: tuple[GroupValues, ...]
+    findings: tuple[Finding, ...] = Field((), description="errors first")
+    exit_code: int
+    output: str | None
 
 
 # ------------------------------------------------------------------------------------------------ synth
