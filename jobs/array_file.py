@@ -137,7 +137,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _remove_unused(folder: Path) -> None:
     """Remove the files that nobody opened for long; who has one mapped keeps it."""
-    for path in folder.glob("*.arrays"):
+    for path in (*folder.glob("*.arrays"), *folder.glob("*.part")):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > UNUSED_DAYS * 86_400:
                 path.unlink()

@@ -1,19 +1,11 @@
 """Labelled sets as COCO JSON: `images/<file_name>`, and a file that names the images and the shapes in them.
 
 An image's id is its file_name without the ending. Split and groups come from a splits.csv beside images/, else from the
-entries of the images: the key `split`, and every other key with a text or a number that is not COCO's own.
-
-A mask is drawn from the shapes of an image, polygons and run lengths (plain or compressed), so:
-
-- categories, in the order of their ids, are the classes 1, 2, ...; 0 is background. A binary model sees one foreground;
-- where shapes of one image overlap, the smaller one is on top, so that what is inside something else stays visible;
-- a crowd (`iscrowd` 1) is drawn below all others as its category; where pixels may be ignored, as those: its outline is
-  rough;
-- an image without shapes is background. Files in images/ that the JSON does not name do not belong to the set.
+entries of the images: the key `split`, and every other key with a text or a number that is not COCO's own. Files in
+images/ that the JSON does not name do not belong to the set. `jobs.coco_shapes` draws the masks.
 """
 
 import json
-import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,9 +13,6 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import storage
@@ -39,7 +28,6 @@ from jobs.labelled import (
     rows_without_image,
     some_lack,
 )
-from unetpp.decoders import MAX_PIXELS, check_size
 from unetpp.errors import ConfigError, ImageError
 
 COCO_KEYS = frozenset({"id", "file_name", "width", "height", "license", "flickr_url", "coco_url", "date_captured"})
@@ -94,7 +82,6 @@ class Content(BaseModel):
 class Annotations(NamedTuple):
     """A COCO file, by the id of the image."""
 
-    uri: str
     entries: dict[int | str, Entry]
     shapes: dict[int | str, list[Shape]]
     classes: dict[int, int]
@@ -122,6 +109,7 @@ def _read(uri: str, etag: str) -> Annotations:
     except ValueError as error:
         raise ConfigError(f"{uri} is no JSON: {error}") from None
     categories = sorted(category.id for category in content.categories)
+    classes = {category: number for number, category in enumerate(categories, 1)}
     for what, values in (
         ("image id", [entry.id for entry in content.images]),
         ("file_name", [entry.sample_id for entry in content.images]),
@@ -136,10 +124,10 @@ def _read(uri: str, etag: str) -> Annotations:
             raise ConfigError(
                 f"{uri}: annotation {shape.id!r} is of image {shape.image_id!r}, which images does not have"
             )
-        if shape.category_id not in categories:
+        if shape.category_id not in classes:
             raise ConfigError(f"{uri}: annotation {shape.id!r} is of the unknown category {shape.category_id}")
         shapes.setdefault(shape.image_id, []).append(shape)
-    return Annotations(uri, entries, shapes, {category: number for number, category in enumerate(categories, 1)})
+    return Annotations(entries, shapes, classes)
 
 
 def list_samples(listing: Listing, split_column: str) -> Listed:
@@ -177,111 +165,3 @@ def _problems(listing: Listing, ids: set[str], files: set[str], rows: set[str], 
     yield from some_lack(listing, "image_without_file", ids - files, "file in images/")
     yield from some_lack(listing, "image_without_row", ids - rows, where)
     yield from rows_without_image(listing, rows - ids)
-
-
-# ------------------------------------------------------------------------------------------------- drawing
-
-
-def draw_mask(source: CocoImage, num_classes: int, *, ignore: int | None = None) -> NDArray[np.uint8]:
-    """Class ids `mask_HW` of an image, as `unetpp.images.decode_mask` gives them.
-
-    Raises ImageError for a shape that is none, and for a class that is not below `num_classes`.
-    """
-    found = annotations(source.uri, source.etag)
-    entry = found.entries[source.image_id]
-    check_size(entry.height, entry.width, MAX_PIXELS)
-    layers: list[_Layer] = []
-    for shape in found.shapes.get(source.image_id, []):
-        number = 1 if num_classes == 1 else found.classes[shape.category_id]
-        if number >= max(num_classes, 2):
-            raise ImageError(
-                "decode",
-                f"category {shape.category_id} is class {number} of {len(found.classes)}, the model has classes 0 to "
-                f"{num_classes - 1}",
-            )
-        value = ignore if shape.iscrowd and ignore is not None else number
-        layers += _layers(_inside(shape, entry.height, entry.width), shape.iscrowd, value)
-    mask_HW = np.zeros((entry.height, entry.width), np.uint8)
-    for layer in sorted(layers, key=lambda layer: (not layer.is_crowd, -layer.num_pixels)):
-        mask_HW[layer.box][layer.inside_hw] = layer.value
-    return mask_HW
-
-
-class _Layer(NamedTuple):
-    is_crowd: bool
-    num_pixels: int
-    value: int
-    box: tuple[slice, slice]
-    inside_hw: NDArray[np.bool_]
-
-
-def _layers(inside_HW: NDArray[np.bool_], is_crowd: bool, value: int) -> Iterator[_Layer]:
-    """The shape cut to its box, for there may be thousands; none where it covers no pixel."""
-    ys, xs = np.flatnonzero(inside_HW.any(axis=1)), np.flatnonzero(inside_HW.any(axis=0))
-    if ys.size:
-        box = (slice(ys[0], ys[-1] + 1), slice(xs[0], xs[-1] + 1))
-        yield _Layer(is_crowd, int(inside_HW.sum()), value, box, inside_HW[box].copy())
-
-
-def _inside(shape: Shape, height: int, width: int) -> NDArray[np.bool_]:
-    match shape.segmentation:
-        case [_, *_] as polygons:
-            return _inside_polygons(polygons, height, width, shape.id)
-        case {"size": size, "counts": str() | list() as counts}:
-            if size != [height, width]:
-                raise _bad(shape.id, f"its size is {size}, the image's [{height}, {width}] (height, width)")
-            runs = _decompressed(counts, shape.id) if isinstance(counts, str) else counts
-            return _inside_runs(runs, height, width, shape.id)
-    raise _bad(shape.id, "it has no segmentation: wanted polygons, or run lengths with size and counts")
-
-
-def _inside_polygons(polygons: list[Any], height: int, width: int, id_: int | str) -> NDArray[np.bool_]:
-    reach = 2 * max(height, width)
-    for polygon in polygons:
-        # What is drawn takes memory by its length: a number that is none, or far away, would take all there is.
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise _bad(id_, "a polygon must be a list of x, y, x, y, ... with three points or more")
-        if not all(
-            isinstance(value, int | float) and math.isfinite(value) and abs(value) <= reach for value in polygon
-        ):
-            raise _bad(id_, f"a polygon leaves the image, which is {height} x {width} pixels (height x width), by far")
-    inside_HW = np.zeros((height, width), bool)
-    for drawn in coco_mask.frPyObjects(polygons, height, width):
-        inside_HW |= _inside_runs(_decompressed(drawn["counts"].decode("ascii"), id_), height, width, id_)
-    return inside_HW
-
-
-def _inside_runs(runs: list[Any], height: int, width: int, id_: int | str) -> NDArray[np.bool_]:
-    """Lengths of runs outside, inside, outside, ... down the columns from the left."""
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
-        raise _bad(id_, f"its run lengths do not add up to {height} x {width} pixels")
-    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return inside.reshape(width, height).T
-
-
-def _decompressed(text: str, id_: int | str) -> list[int]:
-    """Run lengths of COCO's text form: 5 bits a character from "0", the lowest first, bit 5 says that more follow.
-
-    The last one's bit 4 is the sign. From the fourth number on each is the difference to the last but one.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise _bad(id_, "its counts are no run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise _bad(id_, "its counts are cut short")
-    return runs
-
-
-def _bad(id_: int | str, why: str) -> ImageError:
-    return ImageError("decode", f"annotation {id_!r}: {why}")

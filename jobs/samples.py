@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs import coco, labelled_folder, labelled_parquet, storage
+from jobs import coco, coco_shapes, labelled_folder, labelled_parquet, storage
 from jobs.labelled import Listed, Listing, Sample
 from unetpp.errors import ImageError
 from unetpp.images import decode_image, decode_mask
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
         if self.mask is not None:
             return decode_mask(self.mask, num_classes, ignore=ignore)
         assert self.sample.coco is not None
-        return coco.draw_mask(self.sample.coco, num_classes, ignore=ignore)
+        return coco_shapes.draw_mask(self.sample.coco, num_classes, ignore=ignore)
 
 
 def list_samples(listing: Listing, split_column: str) -> Listed:

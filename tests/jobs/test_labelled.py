@@ -14,12 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from jobs import storage
+from jobs.coco import Annotations, Entry, Shape
+from jobs.coco_shapes import draw_shapes
 from jobs.contract import SynthConfig
 from jobs.dataset import load, open_labelled_set
 from jobs.labelled import find_set
@@ -129,6 +134,35 @@ def test_polygons_cover_the_pixels_inside(tmp_path: Path) -> None:
     expected = np.zeros((20, 30), np.uint8)
     expected[2:8, 3:10] = expected[15:20, 20:30] = 1
     np.testing.assert_array_equal(target_HW, expected)
+
+
+def drawn_alone(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """The target of an image with one shape."""
+    shape = Shape(image_id=0, category_id=0, segmentation=segmentation)
+    entry = Entry(id=0, file_name="a", height=height, width=width)
+    return draw_shapes(Annotations({0: entry}, {0: [shape]}, {0: 1}), 0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@given(
+    st.lists(st.lists(st.tuples(*[st.floats(-8, 38, width=32)] * 2), min_size=3, max_size=7), min_size=1, max_size=3)
+)
+def test_polygons_are_drawn_as_by_cocos_own_library(points: list[list[tuple[float, float]]]) -> None:
+    polygons = [[value for point in polygon for value in point] for polygon in points]
+    encoded = coco_mask.merge(coco_mask.frPyObjects(polygons, 20, 30))
+    np.testing.assert_array_equal(drawn_alone(polygons, 20, 30), coco_mask.decode([encoded])[..., 0])
+
+
+@pytest.mark.parametrize("place", [(30, 5), (0, 20), (30, 20), (0, 0)])
+def test_a_polygon_without_extent_covers_nothing(place: tuple[int, int]) -> None:
+    assert not drawn_alone([[*place] * 4], 20, 30).any()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_run_lengths_are_read_as_they_were_written(height: int, width: int, data: st.DataObject) -> None:
+    inside_HW = data.draw(hnp.arrays(bool, (height, width)))
+    for encode in (plain, compressed):
+        np.testing.assert_array_equal(drawn_alone(encode(inside_HW), height, width), inside_HW)
 
 
 def test_categories_are_classes_in_the_order_of_their_ids_and_the_smaller_shape_is_on_top(tmp_path: Path) -> None:
