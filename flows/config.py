@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.config import JsonDict
 
 from flows.nights import MINUTES_A_DAY
-from jobs.contract import BACKFILL_IMAGES, ON_NEW_MODEL, OnNewModel, PredictOptions, TrainOptions
+from jobs.contract import BACKFILL_IMAGES, LABELLED_DATA, ON_NEW_MODEL, OnNewModel, PredictOptions, TrainOptions
 from unetpp.config import Frozen
 
 
@@ -34,7 +34,7 @@ class FlowOptions(Frozen):
 
 
 class _Training(Frozen):
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    data: str = Field(description=LABELLED_DATA)
     models: str = Field(description="where models live: a folder each, and current-00001.json, which names one")
     work: str = Field(description="folder or s3:// prefix for training runs, measurements and stage records")
     train: TrainOptions = TrainOptions()

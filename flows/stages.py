@@ -34,6 +34,7 @@ from jobs.contract import (
     TrainResult,
     fingerprint,
 )
+from jobs.labelled import find_set
 from jobs.registry import CurrentModel
 from jobs.watch import Watch
 from unetpp.errors import ConfigError, JobError, StorageError
@@ -42,13 +43,10 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", bound=BaseModel)
 
-LABELLED = ("images", "masks", "splits.csv")
-
 
 def labelled_fingerprint(data: str) -> str:
-    """Return the fingerprint of a labelled set: the keys and versions of images/, masks/ and splits.csv."""
-    listing = {entry.key: entry.etag for entry in storage.list_objects(data)}
-    return fingerprint({key: etag for key, etag in listing.items() if key.split("/")[0] in LABELLED})
+    """Return the fingerprint of a labelled set: the keys and versions of all that belongs to it."""
+    return find_set(data).fingerprint
 
 
 def deadline(config: FlowOptions) -> float:
@@ -81,6 +79,7 @@ def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, diges
     job = EvaluateConfig(
         model=model_uri,
         data=config.data,
+        split_column=config.train.split_column,
         split=config.train.val_split,
         output=_evaluation_uri(config, labelled, digest),
         group_by=config.group_by,
@@ -89,7 +88,8 @@ def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, diges
 
 
 def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
-    measured_on = fingerprint({"labelled": labelled, "split": config.train.val_split})
+    split = (config.train.split_column, config.train.val_split)
+    measured_on = fingerprint({"labelled": labelled, "split": split})
     return storage.join(config.work, "evaluate", f"{digest[:10]}-{measured_on[:6]}")
 
 

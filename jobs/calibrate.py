@@ -22,12 +22,12 @@ MAX_LOGITS = 1_000_000
 
 
 def calibrate(
-    model: UNetPlusPlus, images: Sequence[LabelledImage], *, seed: int = 0, ignore: int | None = None
+    model: UNetPlusPlus, images: Sequence[LabelledImage], *, seed: int = 0
 ) -> tuple[UNetPlusPlus, dict[int, Calibration]]:
     """The model with a temperature for each head, and by level what that did on the pixels it was fitted on.
 
     Pixels are drawn by `seed`, at most `MAX_LOGITS` / num_classes of them, the same number of each image where it has
-    so many: as in the mean IoU, no image counts for its size. Those whose target is `ignore` are left out. Fast masks
+    so many: as in the mean IoU, no image counts for its size. Those that are not labelled are left out. Fast masks
     do not change; accurate mode, and every uncertainty, does.
 
     ConfigError where there is no image, no labelled pixel, or no finite output.
@@ -42,7 +42,7 @@ def calibrate(
         logits = logits_by_level(model, image.image_HWC)
         # One draw for all heads: they are compared with each other.
         stacked_HWK = np.concatenate([logits[level] for level in levels], axis=2)
-        logits_NK, targets_N = draw_pixels(stacked_HWK, image.target_HW, number, rng, ignore)
+        logits_NK, targets_N = draw_pixels(stacked_HWK, image.target_HW, number, rng)
         drawn.append(logits_NK)
         targets.append(targets_N)
     heads = np.split(np.concatenate(drawn), len(levels), axis=1)

@@ -19,6 +19,7 @@ from jobs.contract import (
     ExplainConfig,
     ForgetConfig,
     GcConfig,
+    InspectConfig,
     PredictConfig,
     PruneConfig,
     RebuildConfig,
@@ -30,6 +31,7 @@ from jobs.contract import (
 )
 
 JOBS: dict[str, type[BaseModel]] = {
+    "inspect": InspectConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "prune": PruneConfig,

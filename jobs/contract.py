@@ -12,12 +12,15 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, Field, model_validator
 
 from unetpp.card import UNSTATED, LevelChoice
-from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind
+from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind, ValueRange
 from unetpp.errors import ImageErrorCode
 
 
 class ExitCode(IntEnum):
-    """How a job ended, for shells and schedulers."""
+    """How a job ended, for shells and schedulers.
+
+    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on.
+    """
 
     DONE = 0
     OTHER = 1
@@ -37,6 +40,13 @@ def fingerprint(content: BaseModel | dict[str, object]) -> str:
 
 # ------------------------------------------------------------------------------------------------ train
 
+Cache = Literal["auto", "memory", "disk"]
+
+LABELLED_DATA = (
+    "labelled data set: folder or s3:// prefix with images/ and masks/ or annotations.json, or of .parquet files"
+)
+SPLIT_COLUMN = "column that names the split of an image: of splits.csv, of Parquet, or a key of COCO images"
+
 
 WorkerBounds = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
@@ -48,6 +58,7 @@ class TrainOptions(Frozen):
         "unetpp", description="the run's name; the config's fingerprint is added to it"
     )
     model: ModelConfig = ModelConfig()
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     train_split: str = Field("train", description="rows of splits.csv to train on")
     val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
@@ -108,6 +119,9 @@ class TrainOptions(Frozen):
     )
     compile: bool = Field(False, description="torch.compile the network: a minute or more at the start, then faster")
     recompute: bool = Field(False, description="keep less for the backward pass: less memory, a third more time")
+    cache: Cache = Field(
+        "auto", description="where decoded images are: auto is memory up to a quarter of a node's, else a file there"
+    )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
         2, description="checkpoints kept: the last one, and the best of the others"
     )
@@ -152,7 +166,7 @@ class TrainOptions(Frozen):
 class TrainConfig(TrainOptions):
     """Train a UNet++ with deep supervision on a labelled data set."""
 
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    data: str = Field(description=LABELLED_DATA)
     output: str = Field(description="folder or s3:// prefix for checkpoints and the trained model")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
@@ -166,6 +180,7 @@ class TrainConfig(TrainOptions):
             "threads_per_worker",
             "device",
             "recompute",
+            "cache",
             "keep_checkpoints",
             "licence",
             "data_licence",
@@ -198,7 +213,8 @@ class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 
     model: str = Field(description="model folder or URI")
-    data: str = Field(description="labelled data set: folder or s3:// prefix with images/, masks/, splits.csv")
+    data: str = Field(description=LABELLED_DATA)
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
@@ -265,6 +281,7 @@ class PruneConfig(Frozen):
         None, description="keep the cheapest level that loses at most this much mean IoU against the best"
     )
     data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
+    split_column: str = Field("split", description=SPLIT_COLUMN)
     split: str | None = Field("val", description="rows of splits.csv to choose on")
     metrics: str | None = Field(
         None, description="metrics.json of an evaluation of this model to choose by, instead of data"
@@ -594,6 +611,73 @@ class RollbackResult(Frozen):
     level: Level
     model_uri: str
     reason: str
+
+
+# ---------------------------------------------------------------------------------------------- inspect
+
+
+class InspectConfig(Frozen):
+    """Look at a labelled data set before it is trained on: what does not fit, and what would make scores too good."""
+
+    data: str = Field(description=LABELLED_DATA, json_schema_extra={"positional": True})
+    output: str | None = Field(
+        None, description="folder or URI for contact_sheet.png, images.csv (a line an image) and inspect.json"
+    )
+    split_column: str = Field("split", description=SPLIT_COLUMN)
+    leave_out: tuple[str, ...] = Field(
+        ("excluded",), description="splits that are neither trained nor measured on: not compared with the others"
+    )
+    group_by: str | None = Field(None, description="column to show values by; default: modality if there")
+    num_classes: Annotated[int, Field(ge=1, le=255)] = Field(
+        1, description="classes that the model will have; 1: every pixel of a mask that is not 0 is foreground"
+    )
+    ignore_index: Literal[255] | None = Field(None, description="value of masks that says a pixel is not labelled")
+    value_range: ValueRange = ValueRange()
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Finding(Frozen):
+    """One kind of thing that is wrong with a set, or odd."""
+
+    code: str
+    severity: Severity
+    count: int = Field(
+        description="how many images it concerns; of shared groups, how many groups; of neighbours, pairs"
+    )
+    ids: tuple[str, ...] = Field(description="the first of them; those that belong together with a plus between")
+    what: str
+    advice: str
+
+
+class GroupValues(Frozen):
+    """What the images of one group of one split hold. Values are the files'; None where nothing could be decoded."""
+
+    split: str
+    group: str
+    num_images: int
+    sizes: str
+    pixel_types: str
+    low: float | None
+    high: float | None
+    mean: float | None
+    foreground: float | None = Field(description="share of the labelled pixels that are not background")
+
+
+class InspectResult(Frozen):
+    """What `inspect` found. Exit code 0: nothing but notes, 3: warnings, 10: errors, it cannot be trained on."""
+
+    data: str
+    form: str
+    split_column: str
+    fingerprint: str
+    num_images: int
+    groups: tuple[GroupValues, ...]
+    findings: tuple[Finding, ...] = Field((), description="errors first")
+    exit_code: int
+    output: str | None
 
 
 # ------------------------------------------------------------------------------------------------ synth

@@ -1,58 +1,36 @@
-"""A labelled data set -> training crops and validation images.
+"""A labelled data set -> training crops and validation images. `jobs.labelled` says what such a set is.
 
-The set is a folder or prefix with `images/<id>.<ext>`, `masks/<id>.png` and, if there, `splits.csv` (id, split, and any
-group columns such as modality). Without splits.csv, a fifth of the images, drawn by the hash of their ids, is `val`.
+Images are decoded once: into memory, or into one file of the node (`jobs.array_file`) where they would take too much.
 """
 
-import csv
-import hashlib
-import io
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from jobs import storage
-from jobs.contract import TrainConfig, fingerprint
+from jobs import array_file, contract
+from jobs.array_file import ArrayFile, Arrays
+from jobs.contract import Cache, TrainConfig
+from jobs.labelled import LabelledSet, Sample, find_set
+from jobs.samples import Encoded, list_samples, readers
 from unetpp.augment import Foreground, augment, random_view
-from unetpp.config import Frozen, ModelConfig
+from unetpp.config import ModelConfig
 from unetpp.engines import scale
 from unetpp.errors import ConfigError, ImageError
-from unetpp.images import decode_image, decode_mask, to_channels
+from unetpp.images import to_channels
 
-MAX_PIXELS = 178_956_970
 NUM_READERS = 8
-
-
-class Sample(Frozen):
-    """One labelled image: where it and its mask are, its split and its groups (the other columns of splits.csv)."""
-
-    id: str
-    image_uri: str
-    mask_uri: str
-    split: str
-    groups: dict[str, str] = Field({})
-
-
-class LabelledSet(Frozen):
-    """The samples of a data set in the order of their ids, and a fingerprint of their listing."""
-
-    uri: str
-    samples: tuple[Sample, ...]
-    fingerprint: str
-
-    def split(self, name: str | None) -> tuple[Sample, ...]:
-        """The samples of a split, all for None; ConfigError where there is none."""
-        chosen = tuple(sample for sample in self.samples if name is None or sample.split == name)
-        if not chosen:
-            names = sorted({sample.split for sample in self.samples})
-            raise ConfigError(f"{self.uri} has no image in split {name!r}; its splits are {', '.join(names)}")
-        return chosen
+MEMORY_SHARE = 0.25
+"""Decoded images that take more than this share of the node's memory go to a file, with `cache` auto."""
 
 
 class LabelledImage:
@@ -66,78 +44,139 @@ class LabelledImage:
         self.target_HW = target_HW
 
 
-def open_labelled_set(uri: str) -> LabelledSet:
-    """List a labelled set and pair its files. ConfigError where images, masks or rows of splits.csv lack a partner."""
-    listing = {entry.key: entry.etag for entry in storage.list_objects(uri)}
-    images, masks = _by_id(uri, listing, "images"), _by_id(uri, listing, "masks")
-    if not images:
-        raise ConfigError(
-            f"{uri} holds no images/: a labelled data set is a folder with images/, masks/ and splits.csv"
-        )
-    rows = _read_splits(uri) if "splits.csv" in listing else {id_: {"split": _hashed_split(id_)} for id_ in images}
-    for what, ids, where in (("mask", masks, "masks/"), ("row", rows, "splits.csv")):
-        lacking = sorted(images.keys() - ids.keys())
-        if lacking:
-            raise ConfigError(f"{uri}: {len(lacking)} image(s) have no {what} in {where}, the first is {lacking[0]!r}")
-    absent = sorted(rows.keys() - images.keys())
-    if absent:
-        raise ConfigError(f"{uri}: splits.csv names {len(absent)} id(s) without an image, the first is {absent[0]!r}")
-    samples = tuple(
-        Sample(
-            id=id_,
-            image_uri=storage.join(uri, images[id_]),
-            mask_uri=storage.join(uri, masks[id_]),
-            split=rows[id_]["split"],
-            groups={column: value for column, value in rows[id_].items() if column not in ("id", "split")},
-        )
-        for id_ in sorted(images)
-    )
-    relevant = {key: etag for key, etag in listing.items() if key.split("/")[0] in ("images", "masks", "splits.csv")}
-    return LabelledSet(uri=uri, samples=samples, fingerprint=fingerprint(dict(relevant)))
+def open_labelled_set(uri: str, split_column: str = "split") -> LabelledSet:
+    """List a labelled set and pair its parts. ConfigError where images, masks or rows lack a partner."""
+    listing = find_set(uri)
+    samples, problems = list_samples(listing, split_column)
+    for problem in problems:
+        if problem.is_fatal:
+            raise ConfigError(problem.sentence)
+    return LabelledSet(uri=uri, samples=samples, fingerprint=listing.fingerprint)
 
 
-def _by_id(uri: str, listing: dict[str, str], folder: str) -> dict[str, str]:
-    keys: dict[str, str] = {}
-    for key in listing:
-        path = PurePosixPath(key)
-        if path.parts[0] != folder or path.name.startswith("."):
-            continue
-        id_ = str(path.relative_to(folder).with_suffix(""))
-        if id_ in keys:
-            raise ConfigError(f"{uri}: {keys[id_]} and {key} have the same id {id_!r}; remove or rename one")
-        keys[id_] = key
-    return keys
-
-
-def _read_splits(uri: str) -> dict[str, dict[str, str]]:
-    text = storage.read_bytes(storage.join(uri, "splits.csv")).decode("utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text))
-    columns = reader.fieldnames or []
-    if "id" not in columns or "split" not in columns:
-        raise ConfigError(f"{uri}/splits.csv has columns {', '.join(columns)}; wanted at least id and split")
-    return {row["id"]: {column: value or "" for column, value in row.items() if column} for row in reader}
-
-
-def _hashed_split(id_: str) -> str:
-    return "val" if hashlib.sha256(id_.encode()).digest()[0] < 51 else "train"
-
-
-def load(samples: Sequence[Sample], model: ModelConfig) -> list[LabelledImage]:
+def load(
+    samples: Sequence[Sample],
+    model: ModelConfig,
+    *,
+    cache: Cache = "memory",
+    fingerprint: str = "",
+    memory_bytes: float | None = None,
+) -> Sequence[LabelledImage]:
     """Read and decode samples, several at a time, in order.
 
-    ConfigError, naming the file, where an image or mask cannot be decoded, sizes differ, or a mask holds a class that
-    the model does not have: a set with labels that cannot be trusted is not trained on.
+    Args:
+        samples: of one labelled set.
+        model: says how many channels and classes there are.
+        cache: memory holds the arrays; disk maps them from a file of this node, which a second call finds; auto is
+            memory up to a quarter of the node's, then disk.
+        fingerprint: of the set, a part of the file's name.
+        memory_bytes: the node's memory; default: asked of the system.
+
+    Raises:
+        ConfigError: names the file, where an image or mask cannot be decoded, sizes differ, or a mask holds a class
+            that the model does not have: a set with labels that cannot be trusted is not trained on.
+        StorageError: there is no room for the file.
     """
+    mapped = MappedImages(samples, model, fingerprint)
+    if cache == "disk" or (cache == "auto" and mapped.is_built):
+        return mapped.built()
+    limit_bytes = MEMORY_SHARE * (memory_bytes or node_memory_bytes()) if cache == "auto" else np.inf
+    decoded = _decoded(samples, model)
+    images: dict[int, LabelledImage] = {}
+    num_bytes = 0
+    for position, image in decoded:
+        images[position] = image
+        num_bytes += image.image_HWC.nbytes + image.target_HW.nbytes
+        if num_bytes > limit_bytes:
+            return mapped.built(chain(_handed_over(images), decoded))
+    return [images[position] for position in range(len(samples))]
+
+
+def _handed_over(images: dict[int, LabelledImage]) -> Iterator[tuple[int, LabelledImage]]:
+    while images:
+        yield images.popitem()
+
+
+class MappedImages(Sequence[LabelledImage]):
+    """Images mapped from a file of this node. Sent to another node, that one builds a file of its own.
+
+    An index gives an image whose pixels are read when they are touched, a slice some of the images.
+    """
+
+    def __init__(self, samples: Sequence[Sample], model: ModelConfig, fingerprint: str) -> None:
+        self._samples, self._model = tuple(samples), model
+        self._positions = range(len(samples))
+        self._arrays: ArrayFile | None = None
+        self._key = contract.fingerprint(
+            {
+                "set": fingerprint,
+                "samples": [sample.model_dump(mode="json", exclude={"split", "groups"}) for sample in samples],
+                "in_channels": model.in_channels,
+                "num_classes": model.num_classes,
+                "ignore": model.ignore_index,
+            }
+        )
+
+    @property
+    def is_built(self) -> bool:
+        """Whether this node has the file."""
+        return array_file.find(self._key) is not None
+
+    def built(self, decoded: Iterator[tuple[int, LabelledImage]] | None = None) -> "MappedImages":
+        """Itself, with the file there: found, or made of `decoded`, by default decoded now."""
+        self._map(decoded)
+        return self
+
+    def _map(self, decoded: Iterator[tuple[int, LabelledImage]] | None = None) -> ArrayFile:
+        if self._arrays is None:
+
+            def arrays() -> Iterator[tuple[int, Arrays]]:
+                images = _decoded(self._samples, self._model) if decoded is None else decoded
+                return ((position, (image.image_HWC, image.target_HW)) for position, image in images)
+
+            self._arrays = array_file.find_or_build(self._key, arrays)
+        return self._arrays
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> LabelledImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> "MappedImages": ...
+    def __getitem__(self, index: int | slice) -> "LabelledImage | MappedImages":
+        if isinstance(index, slice):
+            some = copy(self)
+            some._positions = self._positions[index]
+            return some
+        position = self._positions[index]
+        image_HWC, target_HW = self._map()[position]
+        return LabelledImage(self._samples[position], image_HWC, target_HW)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}
+
+
+def _decoded(samples: Sequence[Sample], model: ModelConfig) -> Iterator[tuple[int, LabelledImage]]:
+    """(position, image) of every sample, a few read and decoded ahead."""
+    ahead: deque[tuple[int, Future[LabelledImage]]] = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        return list(pool.map(lambda sample: _load_one(sample, model), samples))
+        for position, read in readers(samples):
+            ahead.append((position, pool.submit(_decode, samples[position], read, model)))
+            if len(ahead) > 2 * NUM_READERS:
+                earliest, future = ahead.popleft()
+                yield earliest, future.result()
+        for earliest, future in ahead:
+            yield earliest, future.result()
 
 
-def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
+def _decode(sample: Sample, read: Callable[[], Encoded], model: ModelConfig) -> LabelledImage:
     uri = sample.image_uri
     try:
-        image_HWC = to_channels(decode_image(storage.read_bytes(uri), max_pixels=MAX_PIXELS), model.in_channels)
+        encoded = read()
+        image_HWC = to_channels(encoded.image_HWC(), model.in_channels)
         uri = sample.mask_uri
-        target_HW = decode_mask(storage.read_bytes(uri), model.num_classes, max_pixels=MAX_PIXELS)
+        target_HW = encoded.mask_HW(model.num_classes, model.ignore_index)
     except ImageError as error:
         raise ConfigError(f"{uri} cannot be used: {error.detail}; replace it, or take it out of the set") from None
     if image_HWC.shape[:2] != target_HW.shape:
@@ -147,6 +186,18 @@ def _load_one(sample: Sample, model: ModelConfig) -> LabelledImage:
             f"{height} x {width} (height x width); they must be equal"
         )
     return LabelledImage(sample, image_HWC, target_HW)
+
+
+def node_memory_bytes() -> int:
+    """The memory of this machine, or of this container where that is less."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
 
 
 def scaled(image_HWC: NDArray[np.generic], model: ModelConfig) -> NDArray[np.float32]:

@@ -55,6 +55,16 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             yield from _walk(entry.path, key + "/", above | {(found.st_dev, found.st_ino)})
 
 
+def find(path: str) -> tuple[str, int] | None:
+    """(etag, size in bytes) of a regular file; None where there is none."""
+    with _translated(path):
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return (_etag(found), found.st_size) if stat.S_ISREG(found.st_mode) else None
+
+
 def read(path: str, etag: str | None) -> bytes:
     """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
     with _translated(path):

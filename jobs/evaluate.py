@@ -17,8 +17,9 @@ import torch
 
 from jobs import storage
 from jobs.contract import ACCURATE, ACCURATE_FLIPS, EvaluateConfig, EvaluateResult, LevelReport, Score
-from jobs.dataset import Sample, load, open_labelled_set
+from jobs.dataset import load, open_labelled_set
 from jobs.frontier import frontier_png
+from jobs.labelled import Sample
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged
@@ -52,7 +53,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     model = from_pretrained(fetch_model(config.model))
     if config.flips:
         refuse_single_head(model.config)
-    labelled = open_labelled_set(config.data)
+    labelled = open_labelled_set(config.data, config.split_column)
     samples = labelled.split(config.split)
     column = _group_column(samples, config)
     logger.info("evaluating %d images of %s", len(samples), config.data)

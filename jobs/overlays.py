@@ -17,8 +17,8 @@ OUTLINES = np.array(
 """RGB of the outlines of classes 1, 2, ...; classes beyond take them in turn."""
 
 
-def thumbnail(image_HWC: Image) -> Pillow.Image:
-    """The image in 8-bit RGB, its longer side at most THUMBNAIL_PX.
+def thumbnail(image_HWC: Image, side_px: int = THUMBNAIL_PX) -> Pillow.Image:
+    """The image in 8-bit RGB, its longer side at most `side_px`.
 
     Values of other types are stretched between their 0.5 and 99.5 percentiles, since screens show 8 bits.
     """
@@ -29,7 +29,7 @@ def thumbnail(image_HWC: Image) -> Pillow.Image:
         image_HWC = np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
     rgb_HW3 = np.repeat(image_HWC[..., :1], 3, axis=2) if image_HWC.shape[2] < 3 else image_HWC[..., :3]
     picture = Pillow.fromarray(np.ascontiguousarray(rgb_HW3))
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Pillow.Resampling.LANCZOS)
+    picture.thumbnail((side_px, side_px), Pillow.Resampling.LANCZOS)
     return picture
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from jobs import storage
-from jobs.dataset import LabelledSet
+from jobs.labelled import LabelledSet
 from unetpp.card import UNSTATED, TrainingData
 
 SOURCE_DIR = Path(__file__).parents[1]

@@ -70,6 +70,7 @@ def _evaluated(config: PruneConfig, model_digest: str) -> EvaluateResult:
             EvaluateConfig(
                 model=config.model,
                 data=config.data,
+                split_column=config.split_column,
                 split=config.split,
                 num_bootstrap=config.num_bootstrap,
                 seed=config.seed,

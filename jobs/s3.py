@@ -152,6 +152,11 @@ class S3:
         bucket, key = split(uri)
         self._call(uri, "delete_object", Bucket=bucket, Key=key)
 
+    def find(self, uri: str) -> tuple[str, int] | None:
+        """(etag, size in bytes) of an object; None where there is none."""
+        head = self._head(uri)
+        return None if head is None else (head["ETag"].strip('"'), head["ContentLength"])
+
     def exists(self, uri: str) -> bool:
         """Whether there is an object of that name."""
         return self._head(uri) is not None

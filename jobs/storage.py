@@ -90,6 +90,13 @@ def list_objects(uri: str | Path, *, missing_ok: bool = False) -> Iterator[Store
     return map(StoredObject._make, disk.list_objects(place))
 
 
+def find(uri: str | Path) -> StoredObject | None:
+    """The one object of that name, its key its last path component; None where there is none, or a folder."""
+    place = _object(uri)
+    found = s3.connect(place).find(place) if is_remote(place) else disk.find(place)
+    return None if found is None else StoredObject(place.rpartition("/")[2], *found)
+
+
 def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
     """The object's content.
 

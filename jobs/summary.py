@@ -12,6 +12,7 @@ from jobs.contract import (
     ExplainResult,
     ForgetResult,
     GcResult,
+    InspectResult,
     LevelReport,
     PredictResult,
     PruneResult,
@@ -61,6 +62,8 @@ def show(result: BaseModel, console: Console) -> None:
         case RollbackResult():
             _line(console, "current", f"number {result.number}: {result.model_uri}, level L{result.level}")
             _line(console, "why", result.reason)
+        case InspectResult():
+            _show_inspect(result, console)
         case SynthResult():
             _line(console, "synthesised", f"{result.num_images} images: {result.data_uri}")
         case _:
@@ -205,6 +208,42 @@ def _show_explain(result: ExplainResult, console: Console) -> None:
         _line(console, "  row in", row.part_uri)
     if not result.rows:
         _line(console, "rows", "none in the table yet")
+
+
+SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+def _show_inspect(result: InspectResult, console: Console) -> None:
+    values = _table("What the images hold", "split", "group", "images", "pixels", "values", "mean", "mask")
+    for row in result.groups:
+        values.add_row(
+            escape(row.split),
+            escape(row.group),
+            str(row.num_images),
+            row.pixel_types,
+            "" if row.low is None else f"{row.low:g}..{row.high:g}",
+            "" if row.mean is None else f"{row.mean:.4g}",
+            "" if row.foreground is None else f"{row.foreground:.1%}",
+        )
+    console.print(values)
+    for finding in result.findings:
+        style = SEVERITY_STYLES[finding.severity]
+        console.print(f"[{style}]{finding.severity}[/] [bold]{finding.code}[/]", highlight=False)
+        _line(console, f"  {finding.count}", finding.what)
+        _line(console, "  first", ", ".join(map(_short, finding.ids)))
+        _line(console, "  do", finding.advice)
+    counts = {severity: sum(found.severity == severity for found in result.findings) for severity in SEVERITY_STYLES}
+    told = (
+        ", ".join(f"{number} {severity}(s)" for severity, number in counts.items() if number) or "nothing wrong found"
+    )
+    _line(console, "inspected", f"{result.num_images} images of {result.data}: {told}")
+    if result.output is not None:
+        _line(console, "written", f"{result.output}: contact_sheet.png, images.csv, inspect.json")
+
+
+def _short(ids: str) -> str:
+    """Ids, joined by a plus where several belong together, cut to what a line has room for."""
+    return " + ".join(id_ if len(id_) <= 24 else id_[:23] + "…" for id_ in ids.split(" + "))
 
 
 def _table(title: str, first: str, *headings: str) -> Table:

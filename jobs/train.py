@@ -30,7 +30,8 @@ from jobs.checkpoints import EpochMetrics
 from jobs.cluster import local_ray
 from jobs.config_file import write_command
 from jobs.contract import TrainConfig, TrainResult, fingerprint
-from jobs.dataset import CropSampler, LabelledImage, LabelledSet, load, open_labelled_set
+from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
+from jobs.labelled import LabelledSet
 from jobs.provenance import training_data
 from jobs.train_records import logged
 from jobs.train_worker import is_over, train_worker
@@ -47,7 +48,7 @@ MAX_WORKER_FAILURES = 3
 
 def run(config: TrainConfig) -> TrainResult:
     """Train, resume, or return the result of the finished run. ConfigError for data that cannot be trained on."""
-    labelled = open_labelled_set(config.data)
+    labelled = open_labelled_set(config.data, config.split_column)
     name = f"{config.name}-{fingerprint({'config': config.run_fingerprint(), 'data': labelled.fingerprint})[:10]}"
     run_uri = storage.join(config.output, name)
     result_uri = storage.join(run_uri, "result.json")
@@ -56,8 +57,10 @@ def run(config: TrainConfig) -> TrainResult:
         return TrainResult.model_validate_json(storage.read_bytes(result_uri))
 
     started = time.monotonic()
-    train = load(labelled.split(config.train_split), config.model)
-    val = load(labelled.split(config.val_split), config.model)
+    train, val = (
+        load(labelled.split(split), config.model, cache=config.cache, fingerprint=labelled.fingerprint)
+        for split in (config.train_split, config.val_split)
+    )
     CropSampler(train, config)  # refuses groups that do not fit before anything is started
     steps_per_epoch = config.steps_per_epoch or max(1, len(train) // config.batch_size)
     logger.info(
@@ -104,7 +107,11 @@ def _threads(config: TrainConfig) -> int:
 
 
 def _fit(
-    config: TrainConfig, run_uri: str, train: list[LabelledImage], val: list[LabelledImage], steps_per_epoch: int
+    config: TrainConfig,
+    run_uri: str,
+    train: Sequence[LabelledImage],
+    val: Sequence[LabelledImage],
+    steps_per_epoch: int,
 ) -> None:
     """Train to the end of the run, through the deaths of workers; the checkpoints are the result."""
     if is_over(config, next((each.history for each in checkpoints.complete(run_uri)), ())):

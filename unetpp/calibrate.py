@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
 
+from unetpp.config import IGNORE
 from unetpp.errors import ConfigError
 from unetpp.model import UNetPlusPlus
 
@@ -24,13 +25,13 @@ Logits = NDArray[np.floating]
 Targets = NDArray[np.integer]
 
 
-def fit_temperature(logits_NK: Logits, targets_N: Targets, ignore: int | None = None) -> float:
+def fit_temperature(logits_NK: Logits, targets_N: Targets) -> float:
     """The temperature, 0.1 to 10, at which the pixels' negative log-likelihood is least; to 4 digits.
 
     The loss is convex in 1 / temperature, so there is one minimum. ConfigError where no pixel is left beside those
-    whose target is `ignore`, or where a logit is not finite.
+    whose target is `IGNORE`, or where a logit is not finite.
     """
-    logits_NK, targets_N = _known(logits_NK, targets_N, ignore)
+    logits_NK, targets_N = _known(logits_NK, targets_N)
     low, high = np.log([MIN_TEMPERATURE, MAX_TEMPERATURE])
     best = minimize_scalar(
         lambda logarithm: negative_log_likelihood(logits_NK / np.exp(logarithm), targets_N),
@@ -66,10 +67,10 @@ def expected_calibration_error(logits_NK: Logits, targets_N: Targets, num_bins: 
 
 
 def draw_pixels(
-    logits_HWK: Logits, target_HW: Targets, number: int, rng: np.random.Generator, ignore: int | None = None
+    logits_HWK: Logits, target_HW: Targets, number: int, rng: np.random.Generator
 ) -> tuple[Logits, Targets]:
-    """logits_NK and targets_N of at most `number` pixels of an image whose target is not `ignore`."""
-    known = np.flatnonzero(np.ones(target_HW.size, bool) if ignore is None else target_HW.ravel() != ignore)
+    """logits_NK and targets_N of at most `number` pixels of an image whose target is not `IGNORE`."""
+    known = np.flatnonzero(target_HW.ravel() != IGNORE)
     chosen = rng.choice(known, number, replace=False, shuffle=False) if len(known) > number else known
     return logits_HWK.reshape(target_HW.size, -1)[chosen], target_HW.ravel()[chosen]
 
@@ -81,9 +82,9 @@ def with_temperature(model: UNetPlusPlus, temperature: Mapping[int, float]) -> U
     return calibrated.to(next(model.parameters()).device).train(model.training)
 
 
-def _known(logits_NK: Logits, targets_N: Targets, ignore: int | None) -> tuple[Logits, Targets]:
-    if ignore is not None:
-        logits_NK, targets_N = logits_NK[targets_N != ignore], targets_N[targets_N != ignore]
+def _known(logits_NK: Logits, targets_N: Targets) -> tuple[Logits, Targets]:
+    labelled_N = targets_N != IGNORE
+    logits_NK, targets_N = logits_NK[labelled_N], targets_N[labelled_N]
     if not len(targets_N):
         raise ConfigError("no labelled pixel is there to calibrate on; take a split with labels")
     if not np.isfinite(logits_NK).all():

@@ -105,19 +105,40 @@ def encode_mask(mask_HW: Mask, num_classes: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def decode_mask(data: bytes, num_classes: int = 1, *, max_pixels: int = MAX_PIXELS) -> Mask:
+def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None, max_pixels: int = MAX_PIXELS) -> Mask:
     """Class ids `mask_HW`, uint8, from an image file of labels: the inverse of `encode_mask`, and a bit more.
 
     With `num_classes` 1 every pixel that is not 0 in some channel is foreground, 1. With more, ids are a palette
-    file's indices or a grey file's values. Raises ImageError as `decode_image` does, and when an id is too high.
+    file's indices or a grey file's values.
+
+    `ignore` (usually 255) is a value that says "not labelled": it is allowed beside the classes, and kept. With
+    `num_classes` 1 it is no foreground then, so that a mask of 0 and 255 has foreground without `ignore` and none with
+    `ignore` 255. A palette file has the value as an index, any other in every channel.
+
+    Raises ImageError as `decode_image` does, and when an id is too high.
     """
     image = decode_image(data, max_pixels=max_pixels)
     if num_classes == 1:
-        return np.asarray(image.any(axis=2), dtype=np.uint8)
+        mask = np.asarray(image.any(axis=2), dtype=np.uint8)
+        if ignore is not None:
+            mask[_is_ignored(image, data, ignore, max_pixels)] = ignore
+        return mask
     ids = image[..., 0] if image.shape[2] == 1 else _palette_indices(data, max_pixels)
-    if ids.dtype.kind == "f" or ids.max() >= num_classes:
-        raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}, this mask goes up to {ids.max()}")
+    classes = ids if ignore is None else ids[ids != ignore]
+    if ids.dtype.kind == "f" or (classes.size and classes.max() >= num_classes):
+        also = "" if ignore is None else f", or {ignore}, which is ignored"
+        raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}{also}, this mask goes up to {ids.max()}")
     return np.ascontiguousarray(ids, dtype=np.uint8)
+
+
+def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.NDArray[np.bool_]:
+    """Where the file says `ignore`: an index where it is a palette file, else a value in every channel."""
+    if image.shape[2] > 1:
+        with _failures_as_image_errors():
+            is_palette = open_picture(data, max_pixels).mode == "P"
+        if is_palette:
+            return np.asarray(_palette_indices(data, max_pixels) == ignore)
+    return np.asarray((image == ignore).all(axis=2))
 
 
 def _palette_indices(data: bytes, max_pixels: int) -> Array:

@@ -81,7 +81,7 @@ def test_unlabelled_pixels_are_left_out(model: UNetPlusPlus, images: list[Labell
     marked = [LabelledImage(each.sample, each.image_HWC, each.target_HW.copy()) for each in images]
     for each in marked:
         each.target_HW[:, :16] = 255
-    _, found = calibrate(model, marked, ignore=255)
+    _, found = calibrate(model, marked)
     assert found[1].num_pixels == 4 * 64 * 48
     with pytest.raises(ConfigError, match="no image"):
         calibrate(model, [])

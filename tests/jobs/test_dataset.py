@@ -1,7 +1,11 @@
 """Labelled sets: what belongs together is paired, what does not is refused, and crops repeat."""
 
+import os
+import pickle
 import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs.contract import SynthConfig, TrainConfig
-from jobs.dataset import CropSampler, load, open_labelled_set
+from jobs.dataset import CropSampler, LabelledImage, MappedImages, load, node_memory_bytes, open_labelled_set
 from jobs.synth import run as synthesise
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
@@ -54,6 +58,102 @@ def test_a_set_in_object_storage_is_the_same_set(data_dir: Path, s3_prefix: str)
     local, remote = (load(open_labelled_set(uri).samples, MODEL) for uri in (str(data_dir), s3_prefix))
     assert [image.sample.id for image in local] == [image.sample.id for image in remote]
     assert all(np.array_equal(a.image_HWC, b.image_HWC) for a, b in zip(local, remote, strict=True))
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this node's files of decoded images go; empty."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp" / f"unetpp-{os.getuid()}"
+
+
+def same(some: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> bool:
+    return all(
+        a.sample == b.sample and np.array_equal(a.image_HWC, b.image_HWC) and np.array_equal(a.target_HW, b.target_HW)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def test_images_on_disk_are_those_in_memory(data_dir: Path, cache_folder: Path) -> None:
+    samples = open_labelled_set(str(data_dir)).samples
+    decoded = load(samples, MODEL)
+    mapped = load(samples, MODEL, cache="disk")
+    assert isinstance(mapped, MappedImages)
+    assert same(mapped, decoded)
+    assert same(mapped[1::3], decoded[1::3])
+    assert same(mapped[1::3][::-1], decoded[1::3][::-1])
+    assert same([mapped[-1]], decoded[-1:])
+    assert not mapped[0].image_HWC.flags.writeable
+    with pytest.raises(IndexError):
+        mapped[8]
+    crops = [CropSampler(images, train_config(data_dir)).crop(1, 2) for images in (decoded, mapped)]
+    assert np.array_equal(crops[0][0], crops[1][0])
+
+
+def test_a_set_is_decoded_once_and_its_file_found_again(data_dir: Path, cache_folder: Path) -> None:
+    samples = open_labelled_set(str(data_dir)).samples
+    decoded = load(samples, MODEL)
+    first = load(samples, MODEL, cache="disk", fingerprint="f")
+    shutil.rmtree(data_dir / "images")  # from here on nothing can be decoded again
+    for images in (
+        first,
+        load(samples, MODEL, cache="disk", fingerprint="f"),
+        load(samples, MODEL, cache="auto", fingerprint="f"),
+    ):
+        assert same(images, decoded)
+    sent = pickle.dumps(first)
+    assert len(sent) < 20_000
+    assert same(pickle.loads(sent), decoded)
+    assert len(list(cache_folder.glob("*.arrays"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "other"},
+        {"model": MODEL.model_copy(update={"ignore_index": 255})},
+        {"model": ModelConfig(level=1, filters=(2, 4), in_channels=1)},
+    ],
+    ids=str,
+)
+def test_what_changes_the_arrays_makes_another_file(
+    data_dir: Path, cache_folder: Path, change: dict[str, object]
+) -> None:
+    samples = open_labelled_set(str(data_dir)).samples
+    load(samples, MODEL, cache="disk", fingerprint="f")
+    load(samples, **{"model": MODEL, "cache": "disk", "fingerprint": "f", **change})  # type: ignore[arg-type]
+    assert len(list(cache_folder.glob("*.arrays"))) == 2
+
+
+def test_a_node_without_the_file_builds_its_own(data_dir: Path, cache_folder: Path) -> None:
+    sent = pickle.dumps(load(open_labelled_set(str(data_dir)).samples, MODEL, cache="disk"))
+    (built,) = cache_folder.glob("*.arrays")
+    content = built.read_bytes()
+    built.unlink()
+    assert same(pickle.loads(sent), load(open_labelled_set(str(data_dir)).samples, MODEL))
+    assert built.read_bytes() == content
+
+
+def test_auto_takes_the_disk_above_a_quarter_of_the_memory(data_dir: Path, cache_folder: Path) -> None:
+    samples = open_labelled_set(str(data_dir)).samples
+    decoded = load(samples, MODEL)
+    num_bytes = sum(image.image_HWC.nbytes + image.target_HW.nbytes for image in decoded)
+    assert num_bytes == 8 * 48 * 48 * (3 + 1)
+    assert node_memory_bytes() > 1e9
+    assert isinstance(load(samples, MODEL, cache="auto", memory_bytes=4 * num_bytes), list)
+    images = load(samples, MODEL, cache="auto", memory_bytes=4 * num_bytes - 4)
+    assert isinstance(images, MappedImages)
+    assert same(images, decoded)
+
+
+def test_bad_labels_are_named_whatever_the_cache_and_leave_no_file(data_dir: Path, cache_folder: Path) -> None:
+    damage_mask_size(data_dir)
+    samples = open_labelled_set(str(data_dir)).samples
+    for cache in ("memory", "disk"):
+        with pytest.raises(ConfigError, match="48 x 40 pixels"):
+            load(samples, MODEL, cache=cache)  # type: ignore[arg-type]
+    assert list(cache_folder.glob("*.arrays")) == list(cache_folder.glob("*.part")) == []
 
 
 def test_without_splits_a_part_of_the_images_becomes_val(data_dir: Path) -> None:

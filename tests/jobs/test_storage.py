@@ -47,6 +47,14 @@ def test_an_object_comes_back_as_it_was_written(place: str, key: str) -> None:
     assert not storage.exists(storage.join(place, key + "x"))
 
 
+def test_one_object_is_found_as_it_is_listed(place: str) -> None:
+    storage.write_bytes(storage.join(place, "a/b c.png"), b"content")
+    (listed,) = storage.list_objects(storage.join(place, "a"))
+    assert storage.find(storage.join(place, "a/b c.png")) == listed
+    for absent in ("a", "a/b", "a/b c.png/d"):
+        assert storage.find(storage.join(place, absent)) is None
+
+
 def test_a_folder_and_a_prefix_list_the_same_keys(tmp_path: Path, s3_prefix: str) -> None:
     for key in ODD_KEYS:
         storage.write_bytes(storage.join(tmp_path, key), key.encode())

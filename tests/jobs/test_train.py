@@ -17,6 +17,7 @@ import tifffile
 import torch
 from tensorboardX.proto import event_pb2
 
+from jobs.array_file import cache_dir
 from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
@@ -206,13 +207,33 @@ def read_events(content: bytes) -> Iterator[Any]:
         content = content[16 + length :]
 
 
+@pytest.fixture
+def mapped_files() -> Iterator[Callable[[], set[Path]]]:
+    """Function: the files of decoded images that this node got since the test began; removed at its end."""
+    before = set(cache_dir().iterdir())
+    yield lambda: {path for path in set(cache_dir().iterdir()) - before if path.suffix == ".arrays"}
+    for path in set(cache_dir().iterdir()) - before:
+        path.unlink()
+
+
+def test_images_mapped_from_disk_train_the_same_model(
+    data_dir: Path, tmp_path: Path, mapped_files: Callable[[], set[Path]]
+) -> None:
+    in_memory, on_disk = (
+        run(config(data_dir, tmp_path / cache, cache=cache, epochs=1, num_workers=2)) for cache in ("memory", "disk")
+    )
+    assert on_disk.digest == in_memory.digest
+    assert len(mapped_files()) == 2, "one of the training images, one of the validation images"
+
+
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:
     first = config(data_dir, tmp_path)
     names = {first.run_fingerprint()}
     for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"epochs": 3}, {"model": {"level": 1, "filters": [4, 8]}}):
         names.add(config(data_dir, tmp_path, **change).run_fingerprint())
     assert len(names) == 5
-    assert config(data_dir, tmp_path / "elsewhere", threads_per_worker=2).run_fingerprint() == first.run_fingerprint()
+    same = config(data_dir, tmp_path / "elsewhere", threads_per_worker=2, cache="disk")
+    assert same.run_fingerprint() == first.run_fingerprint()
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:

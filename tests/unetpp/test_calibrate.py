@@ -92,11 +92,9 @@ def test_ignored_pixels_do_not_count() -> None:
     unknown_N = np.arange(NUM_PIXELS) % 3 == 0
     marked_N = np.where(unknown_N, 255, targets_N)
     spoilt_NK = np.where(unknown_N[:, None], 50.0, 2 * logits_NK)
-    assert fit_temperature(spoilt_NK, marked_N, ignore=255) == fit_temperature(
-        2 * logits_NK[~unknown_N], targets_N[~unknown_N]
-    )
+    assert fit_temperature(spoilt_NK, marked_N) == fit_temperature(2 * logits_NK[~unknown_N], targets_N[~unknown_N])
     drawn_NK, drawn_N = draw_pixels(
-        spoilt_NK.reshape(400, 500, 4), marked_N.reshape(400, 500), 1000, np.random.default_rng(0), ignore=255
+        spoilt_NK.reshape(400, 500, 4), marked_N.reshape(400, 500), 1000, np.random.default_rng(0)
     )
     assert drawn_NK.shape == (1000, 4)
     assert set(np.unique(drawn_N)) == {0, 1, 2, 3}
@@ -115,6 +113,6 @@ def test_drawn_pixels_are_pixels_with_their_targets_each_once_and_the_same_again
 
 def test_nothing_to_fit_on_is_told() -> None:
     with pytest.raises(ConfigError, match="no labelled pixel"):
-        fit_temperature(np.zeros((4, 1)), np.full(4, 255), ignore=255)
+        fit_temperature(np.zeros((4, 1)), np.full(4, 255))
     with pytest.raises(ConfigError, match="NaN or infinity"):
         fit_temperature(np.array([[np.nan], [1.0]]), np.array([0, 1]))

@@ -462,6 +462,40 @@ def test_labels_out_of_range_are_refused() -> None:
         decode_mask(saved(RGB, "PNG"), 3)
 
 
+@pytest.mark.parametrize(
+    ("values", "num_classes", "expected"),
+    [
+        ([0, 1, 255], 1, [0, 1, 255]),
+        ([0, 7, 255], 1, [0, 1, 255]),
+        ([0, 255, 255], 1, [0, 255, 255]),
+        ([0, 2, 255], 3, [0, 2, 255]),
+        ([255, 255, 255], 3, [255, 255, 255]),
+    ],
+)
+def test_a_value_to_be_ignored_is_kept(values: list[int], num_classes: int, expected: list[int]) -> None:
+    ids = np.array([values], np.uint8)
+    palette = Image.fromarray(ids, mode="P")
+    palette.putpalette([0, 0, 0, 128, 0, 0] + [0, 128, 0] * 253 + [224, 224, 192])  # as VOC paints index 255
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG")
+    for data in (saved(ids, "PNG"), tiff(ids.astype(np.uint16)), buffer.getvalue()):
+        np.testing.assert_array_equal(decode_mask(data, num_classes, ignore=255), [expected])
+
+
+def test_without_a_value_to_be_ignored_255_is_foreground_or_refused() -> None:
+    data = saved(np.array([[0, 1, 255]], np.uint8), "PNG")
+    np.testing.assert_array_equal(decode_mask(data, 1), [[0, 1, 1]])
+    with pytest.raises(ImageError, match="must be 0 to 2, this"):
+        decode_mask(data, 3)
+    with pytest.raises(ImageError, match="must be 0 to 2, or 254, which is ignored, this mask goes up to 255"):
+        decode_mask(data, 3, ignore=254)
+
+
+def test_in_a_colour_mask_every_channel_says_ignore() -> None:
+    colours = np.array([[[0, 0, 0], [255, 0, 0], [255, 255, 255]]], np.uint8)
+    np.testing.assert_array_equal(decode_mask(saved(colours, "PNG"), 1, ignore=255), [[0, 1, 255]])
+
+
 # ------------------------------------------------------------------------------------ files from the wild
 
 ODD = SHARED / "odd_images"
