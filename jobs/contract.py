@@ -41,6 +41,7 @@ def fingerprint(content: BaseModel | dict[str, object]) -> str:
 # ------------------------------------------------------------------------------------------------ train
 
 Cache = Literal["auto", "memory", "disk"]
+StreamOrCache = Literal["auto", "memory", "disk", "stream"]
 
 LABELLED_DATA = (
     "labelled data set: folder or s3:// prefix with images/ and masks/ or annotations.json, or of .parquet files"
@@ -119,8 +120,10 @@ class TrainOptions(Frozen):
     )
     compile: bool = Field(False, description="torch.compile the network: a minute or more at the start, then faster")
     recompute: bool = Field(False, description="keep less for the backward pass: less memory, a third more time")
-    cache: Cache = Field(
-        "auto", description="where decoded images are: auto is memory up to a quarter of a node's, else a file there"
+    cache: StreamOrCache = Field(
+        "auto",
+        description="where decoded images are: auto is memory up to a quarter of a node's, else a file there; stream: "
+        "nowhere, Ray Data reads them again in every epoch, for sets larger than a node",
     )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
         2, description="checkpoints kept: the last one, and the best of the others"
@@ -186,7 +189,8 @@ class TrainConfig(TrainOptions):
             "data_licence",
             "intended_use",
         }
-        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
+        order = {"stream": True} if self.cache == "stream" else {}  # the same crops in another order
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing) | order)
 
 
 class TrainResult(Frozen):

@@ -214,18 +214,22 @@ class CropSampler:
     as the borders let it; where an image has none, anywhere.
     """
 
-    def __init__(self, images: Sequence[LabelledImage], config: TrainConfig) -> None:
+    def __init__(
+        self, images: Sequence[LabelledImage], config: TrainConfig, samples: Sequence[Sample] | None = None
+    ) -> None:
+        """`samples` are those of `images`, where it would cost to ask the images for them."""
         self.config = config
         self.images = images
         self._foregrounds: dict[int, Foreground] = {}
-        self._cumulative = np.cumsum(self._image_probabilities())
+        samples = [image.sample for image in images] if samples is None else samples
+        self._cumulative = np.cumsum(self._image_probabilities(samples))
         self._cumulative[-1] = 1.0
 
-    def _image_probabilities(self) -> NDArray[np.float64]:
+    def _image_probabilities(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         column = self.config.balance_by
         if column is None:
-            return np.full(len(self.images), 1 / len(self.images))
-        groups = [image.sample.groups.get(column) for image in self.images]
+            return np.full(len(samples), 1 / len(samples))
+        groups = [sample.groups.get(column) for sample in samples]
         if None in groups:
             raise ConfigError(f"balance_by: splits.csv of {self.config.data} has no column {column!r}")
         names, sizes = np.unique(np.array(groups), return_counts=True)
@@ -241,13 +245,20 @@ class CropSampler:
     def crop(self, epoch: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Crop `number` of `epoch`: float32 HWC and its target uint8 HW."""
         rng = np.random.default_rng([self.config.seed, epoch, number])
-        number_of_image = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
+        number_of_image = self._draw_image(rng)
         image = self.images[number_of_image]
         crop_px, changes = self.config.crop_px, self.config.augment
         centre = self._foreground(number_of_image).pixel(rng) if rng.random() < self.config.foreground else None
         view = random_view(image.target_HW.shape, crop_px, changes, rng, centre)
         window_HWC = scaled(view.cut(image.image_HWC), self.config.model)
         return augment(window_HWC, view.cut(image.target_HW), view, changes, rng)
+
+    def image_of(self, epoch: int, number: int) -> int:
+        """Position of the image that crop `number` of `epoch` is of."""
+        return self._draw_image(np.random.default_rng([self.config.seed, epoch, number]))
+
+    def _draw_image(self, rng: np.random.Generator) -> int:
+        return int(np.searchsorted(self._cumulative, rng.random(), side="right"))
 
     def _foreground(self, number_of_image: int) -> Foreground:
         if number_of_image not in self._foregrounds:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import ray
 import ray.train
+from ray.data import Dataset
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
@@ -33,6 +34,7 @@ from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
 from jobs.labelled import LabelledSet
 from jobs.provenance import training_data
+from jobs.stream import STREAM, crop_stream
 from jobs.train_records import logged
 from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
@@ -57,21 +59,22 @@ def run(config: TrainConfig) -> TrainResult:
         return TrainResult.model_validate_json(storage.read_bytes(result_uri))
 
     started = time.monotonic()
-    train, val = (
-        load(labelled.split(split), config.model, cache=config.cache, fingerprint=labelled.fingerprint)
-        for split in (config.train_split, config.val_split)
-    )
-    CropSampler(train, config)  # refuses groups that do not fit before anything is started
-    steps_per_epoch = config.steps_per_epoch or max(1, len(train) // config.batch_size)
+    samples = labelled.split(config.train_split)
+    train = None if config.cache == "stream" else _load(config, labelled, config.train_split)
+    val = _load(config, labelled, config.val_split)
+    if train is not None:
+        CropSampler(train, config)  # refuses groups that do not fit before anything is started
+    steps_per_epoch = config.steps_per_epoch or max(1, len(samples) // config.batch_size)
     logger.info(
         "%s: %d training and %d validation images, %d steps",
         name,
-        len(train),
+        len(samples),
         len(val),
         config.epochs * steps_per_epoch,
     )
-    with local_ray(num_cpus=config.worker_bounds[1] * (config.threads_per_worker or 1)):
-        _fit(config, run_uri, train, val, steps_per_epoch)
+    with local_ray(config.worker_bounds[1] * (config.threads_per_worker or 1) + _num_readers(config)):
+        stream = crop_stream(samples, config, steps_per_epoch, run_uri) if train is None else None
+        _fit(config, run_uri, train, stream, val, steps_per_epoch)
     model_uri = storage.join(run_uri, "model")
     best, model_digest = _export(config, labelled, val, run_uri, model_uri)
     last = checkpoints.complete(run_uri)[0].metrics
@@ -89,6 +92,16 @@ def run(config: TrainConfig) -> TrainResult:
     return result
 
 
+def _load(config: TrainConfig, labelled: LabelledSet, split: str) -> Sequence[LabelledImage]:
+    cache = "auto" if config.cache == "stream" else config.cache
+    return load(labelled.split(split), config.model, cache=cache, fingerprint=labelled.fingerprint)
+
+
+def _num_readers(config: TrainConfig) -> int:
+    """CPUs that are left to what reads the images, where they are streamed."""
+    return int(config.cache == "stream")
+
+
 def _threads(config: TrainConfig) -> int:
     """CPU threads of a worker: what was asked for, else its share of the largest node there is.
 
@@ -97,7 +110,7 @@ def _threads(config: TrainConfig) -> int:
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
     if config.threads_per_worker is None:
-        return max(1, largest // math.ceil(config.worker_bounds[1] / num_nodes))
+        return max(1, (largest - _num_readers(config)) // math.ceil(config.worker_bounds[1] / num_nodes))
     if 0 < largest < config.threads_per_worker:
         raise ConfigError(
             f"threads_per_worker {config.threads_per_worker} is more than the {largest} CPUs of the largest node; "
@@ -109,7 +122,8 @@ def _threads(config: TrainConfig) -> int:
 def _fit(
     config: TrainConfig,
     run_uri: str,
-    train: Sequence[LabelledImage],
+    train: Sequence[LabelledImage] | None,
+    stream: Dataset | None,
     val: Sequence[LabelledImage],
     steps_per_epoch: int,
 ) -> None:
@@ -127,12 +141,13 @@ def _fit(
         train_loop_config={
             "config": config,
             "run_uri": run_uri,
-            "train": ray.put(train),
+            "train": None if train is None else ray.put(train),
             "val": ray.put(val),
             "steps_per_epoch": steps_per_epoch,
             "threads": threads,
             "news": news,
         },
+        datasets=None if stream is None else {STREAM: stream},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]

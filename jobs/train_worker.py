@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, LabelledImage
 from jobs.models import fetch_model
 from jobs.provenance import provenance
+from jobs.stream import streamed_batches
 from jobs.train_records import Progress, write_records
 from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
@@ -78,13 +80,14 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
         self.environment = provenance()
-        train, self.val = ray.get([settings["train"], settings["val"]])
-        self.sampler = CropSampler(train, self.config)
+        self.val = ray.get(settings["val"])
+        self.sampler = CropSampler(ray.get(settings["train"]), self.config) if settings["train"] else None
         news = settings["news"] if self.rank == 0 else None
         self.progress = Progress(news, self.config.epochs, self.steps_per_epoch)
 
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
+        self._stream = None if self.sampler else streamed_batches(self.config, self.world_size)
         found = checkpoints.newest(self.run_uri)
         initial = from_pretrained(fetch_model(self.config.init)) if self.config.init and found is None else None
         num_steps = self.config.epochs * self.steps_per_epoch
@@ -130,7 +133,7 @@ class Worker:
         state.train()
         losses: list[torch.Tensor] = []
         rates: list[float] = []
-        for x_BCHW, target_BHW in self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size):
+        for x_BCHW, target_BHW in self._batches(epoch):
             if self.config.max_seconds is not None and len(losses) % CLOCK_STEPS == 0:
                 state.seconds = self._agreed(before + time.monotonic() - started)
                 if state.seconds >= self.config.max_seconds:
@@ -146,6 +149,13 @@ class Worker:
         if self.world_size > 1:
             dist.all_reduce(whole)
         return whole.tolist(), rates
+
+    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This worker's part of every batch of an epoch."""
+        if self.sampler is not None:
+            return self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size)
+        assert self._stream is not None
+        return islice(self._stream, self.steps_per_epoch)
 
     def _agreed(self, value: float) -> float:
         """The first worker's value."""

@@ -73,13 +73,15 @@ def test_two_workers_train_a_model_that_can_be_pruned_and_a_second_call_does_not
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
+@pytest.mark.parametrize("cache", ["memory", "stream"])
 def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     data_dir: Path,
     tmp_path: Path,
     run_unetpp: Callable[..., subprocess.Popen[str]],
     kill_tree: Callable[[subprocess.Popen[str]], None],
+    cache: str,
 ) -> None:
-    asked = config(data_dir, tmp_path / "disturbed", epochs=12)
+    asked = config(data_dir, tmp_path / "disturbed", epochs=12, cache=cache)
     config_file = tmp_path / "config.yaml"
     config_file.write_text(asked.model_dump_json())
     process = run_unetpp("train", "--config", config_file)
@@ -90,7 +92,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(
     kill_tree(process)
     assert not list(tmp_path.glob("disturbed/*/result.json")), "the kill came too late"
     resumed = run(asked)
-    undisturbed = run(config(data_dir, tmp_path / "undisturbed", epochs=12))
+    undisturbed = run(config(data_dir, tmp_path / "undisturbed", epochs=12, cache=cache))
     assert resumed.digest == undisturbed.digest
     assert resumed.val_iou == undisturbed.val_iou
 
@@ -224,6 +226,12 @@ def test_images_mapped_from_disk_train_the_same_model(
     )
     assert on_disk.digest == in_memory.digest
     assert len(mapped_files()) == 2, "one of the training images, one of the validation images"
+
+
+def test_two_workers_share_a_stream(data_dir: Path, tmp_path: Path) -> None:
+    result = run(config(data_dir, tmp_path, cache="stream", num_workers=2, balance_by="modality"))
+    assert result.steps == 6
+    assert all(value > 0 for value in losses(result))
 
 
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:

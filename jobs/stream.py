@@ -1,0 +1,115 @@
+"""Training crops of a set that is larger than a node: images are read, decoded and cut by Ray Data as they are needed.
+
+The crops of an epoch are those of `CropSampler`, by number; only their order is another one. Images are visited in a
+seeded order, some at a time, and the crops of those that are open together are mixed. So every image is read about
+once an epoch, and a resumed run sees what an undisturbed one sees. `streaming_split` shares the crops out.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, overload
+
+import numpy as np
+import ray
+import ray.train
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from torch import Tensor
+
+from jobs import checkpoints
+from jobs.contract import TrainConfig
+from jobs.dataset import CropSampler, LabelledImage, load
+from jobs.labelled import Sample
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError
+
+STREAM = "crops"
+"""The name under which Ray Train's workers find the stream."""
+OPEN_IMAGES = 16
+"""Images whose crops are mixed, and that a reader holds in memory."""
+BLOCK_CROPS = 64
+
+
+class RemoteImages(Sequence[LabelledImage]):
+    """The images of a set, each read when it is asked for; the last few are kept."""
+
+    def __init__(self, samples: Sequence[Sample], model: ModelConfig) -> None:
+        self.samples, self._model = samples, model
+        self._open: OrderedDict[int, LabelledImage] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> LabelledImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> "RemoteImages": ...
+    def __getitem__(self, index: int | slice) -> "LabelledImage | RemoteImages":
+        if isinstance(index, slice):
+            return RemoteImages(self.samples[index], self._model)
+        if index not in self._open:
+            (self._open[index],) = load([self.samples[index]], self._model)
+            if len(self._open) > OPEN_IMAGES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+
+def crop_order(sampler: CropSampler, epoch: int, num_crops: int) -> NDArray[np.int64]:
+    """The numbers of an epoch's crops in the order in which they are made: each once."""
+    rng = np.random.default_rng([sampler.config.seed, epoch])
+    place = rng.permutation(len(sampler.images))  # of every image in the epoch's order of images
+    group = place[[sampler.image_of(epoch, number) for number in range(num_crops)]] // OPEN_IMAGES
+    mixed = rng.permutation(num_crops)
+    return mixed[np.argsort(group[mixed], kind="stable")]
+
+
+class CropMaker:
+    """Makes the crops of a block of places in the whole run; those of epochs that are done are left out."""
+
+    def __init__(self, samples: Sequence[Sample], config: TrainConfig, num_crops: int, run_uri: str) -> None:
+        self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples)
+        self._num_crops = num_crops
+        self._order = lru_cache(maxsize=2)(lambda epoch: crop_order(self._sampler, epoch, num_crops))
+        self._first_epoch = next((each.epoch + 1 for each in checkpoints.complete(run_uri)), 0)
+
+    def __call__(self, places: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        """`id`: places in the run, epoch by epoch -> x: float32 B, H, W, C; target: uint8 B, H, W."""
+        wanted = [divmod(int(place), self._num_crops) for place in places["id"]]
+        crops = [
+            self._sampler.crop(epoch, int(self._order(epoch)[place]))
+            for epoch, place in wanted
+            if epoch >= self._first_epoch
+        ]
+        side, channels = self._sampler.config.crop_px, self._sampler.config.model.in_channels
+        if not crops:
+            return {"x": np.empty((0, side, side, channels), np.float32), "target": np.empty((0, side, side), np.uint8)}
+        return {"x": np.stack([x for x, _ in crops]), "target": np.stack([target for _, target in crops])}
+
+
+def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch: int, run_uri: str) -> Dataset:
+    """Every crop of the run that is left, in order, for the workers to share. Call it with Ray started."""
+    fewest, most = config.worker_bounds
+    if fewest != most or config.batch_size % most:
+        raise ConfigError(
+            f"cache stream shares every batch out evenly: batch_size {config.batch_size} must be a multiple of "
+            f"num_workers, and that a single number, not {config.num_workers}"
+        )
+    CropSampler(RemoteImages(samples, config.model), config, samples)  # refuses groups that do not fit
+    DataContext.get_current().execution_options.preserve_order = True
+    num_crops = steps_per_epoch * config.batch_size
+    total = config.epochs * num_crops
+    return ray.data.range(total, override_num_blocks=-(-total // BLOCK_CROPS)).map_batches(
+        CropMaker,
+        fn_constructor_args=(list(samples), config, num_crops, run_uri),
+        batch_size=BLOCK_CROPS,
+        compute=ActorPoolStrategy(min_size=1, max_size=8),
+    )
+
+
+def streamed_batches(config: TrainConfig, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One worker's part of the stream, from the newest checkpoint on: x_BCHW float32 and target_BHW uint8."""
+    shard = ray.train.get_dataset_shard(STREAM)
+    for batch in shard.iter_torch_batches(batch_size=config.batch_size // world_size, drop_last=True):
+        yield batch["x"].permute(0, 3, 1, 2), batch["target"]
