@@ -1,4 +1,4 @@
-"""The protocol of public re-implementations: images resized to 96 x 96, a random split of images, probability above 1/2.
+"""The protocol of public re-implementations: images resized to 96 x 96, a random split, probability above 1/2.
 
     python -m tests.bench.resized_protocol --data <dsb2018> --out tests/bench/results/resized_protocol.json
 

@@ -20,6 +20,7 @@ from tests.faults.test_disk import _may_mount
 from unetpp.checkpoint import from_pretrained
 
 Start = Callable[..., subprocess.Popen[str]]
+Kill = Callable[[subprocess.Popen[str]], None]
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +113,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(
 
 
 def test_a_driver_killed_in_mid_epoch_changes_nothing(
-    config_file: Path,
-    undisturbed: TrainResult,
-    tmp_path: Path,
-    run_unetpp: Start,
-    kill_tree: Callable[[subprocess.Popen[str]], None],
+    config_file: Path, undisturbed: TrainResult, tmp_path: Path, run_unetpp: Start, kill_tree: Kill
 ) -> None:
     process = run_unetpp("train", "--config", config_file, "--output", tmp_path)
     wait_for_epoch(process, tmp_path, 1)
@@ -131,11 +128,7 @@ def test_a_driver_killed_in_mid_epoch_changes_nothing(
 
 
 def test_a_torn_checkpoint_costs_its_epoch_and_no_more(
-    config_file: Path,
-    undisturbed: TrainResult,
-    tmp_path: Path,
-    run_unetpp: Start,
-    kill_tree: Callable[[subprocess.Popen[str]], None],
+    config_file: Path, undisturbed: TrainResult, tmp_path: Path, run_unetpp: Start, kill_tree: Kill
 ) -> None:
     process = run_unetpp("train", "--config", config_file, "--output", tmp_path)
     wait_for_epoch(process, tmp_path, 2)
