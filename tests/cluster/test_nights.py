@@ -160,14 +160,19 @@ def test_a_second_run_while_the_first_works_is_cancelled_before_it_starts(
     assert is_whole(nights, output)
 
 
+def submit_words(models: str, config: Config, shard_images: int) -> list[str]:
+    """`unetpp` these words: the predict job of an archive flow, sent by hand."""
+    _, model = registry.current(models)
+    assert model is not None
+    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input", config["input"]]
+    return [*words, "--output", config["output"], "--write", "parquet", "--shard-images", str(shard_images)]
+
+
 def test_two_starts_of_one_spec_outside_prefect_share_one_job(
     nights: Nights, models: str, archive_config: Config
 ) -> None:
-    _, model = registry.current(models)
-    assert model is not None
     output = archive_config["output"]
-    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input"]
-    words += [archive_config["input"], "--output", output, "--write", "parquet", "--shard-images", "25"]
+    words = submit_words(models, archive_config, shard_images=25)
     both = [nights.unetpp(*words) for _ in range(2)]
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -179,11 +184,8 @@ def test_two_starts_of_one_spec_outside_prefect_share_one_job(
 def test_a_submitted_job_is_stopped_by_ctrl_c_and_goes_on_when_it_is_said_again(
     nights: Nights, models: str, archive_config: Config
 ) -> None:
-    _, model = registry.current(models)
-    assert model is not None
     output = archive_config["output"]
-    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input"]
-    words += [archive_config["input"], "--output", output, "--write", "parquet", "--shard-images", "5"]
+    words = submit_words(models, archive_config, shard_images=5)
     process = nights.unetpp(*words)
     wait_for(lambda: nights.is_working(output), 120)
     process.send_signal(signal.SIGINT)
