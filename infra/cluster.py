@@ -25,6 +25,9 @@ from pathlib import Path
 import httpx
 import psutil
 
+from flows.jobs_api import usage_of
+from infra import seaweedfs
+
 HOME = Path(__file__).parents[1]
 BIN = Path(sysconfig.get_path("scripts"))
 BUCKETS = ("archive", "output", "models")
@@ -89,33 +92,15 @@ class Site:
         """SeaweedFS with its buckets."""
         folder = self.folder / "store"
         folder.mkdir(exist_ok=True)
-        key, secret = self.secret("s3-key"), self.secret("s3-secret")
-        identity = {
-            "name": "unetpp",
-            "credentials": [{"accessKey": key, "secretKey": secret}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        accounts = folder / "accounts.json"
-        accounts.write_text(json.dumps({"identities": [identity]}))
-        accounts.chmod(0o600)
-        words = [
-            str(BIN / "weed"),
-            "-logtostderr=true",
-            "mini",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-master.telemetry=false",
-            "-admin.ui=false",
-            "-webdav=false",
-            f"-s3.port={self.ports['s3']}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            *(f"-{name}.port={self.ports[name]}" for name in ("master", "filer", "volume", "admin")),
-            f"-s3.config={accounts}",
-            f"-bucket={','.join(BUCKETS)}",
-        ]
-        self._start("store", words, {"GOMEMLIMIT": "512MiB"})
+        words = seaweedfs.command(
+            folder,
+            s3_port=self.ports["s3"],
+            ports=self.ports,
+            buckets=BUCKETS,
+            key_id=self.secret("s3-key"),
+            secret=self.secret("s3-secret"),
+        )
+        self._start("store", words, seaweedfs.ENVIRONMENT)
         self._wait("store", lambda: httpx.get(self.s3_url, timeout=5).status_code in (200, 403))
 
     def start_ray(self) -> None:
@@ -140,8 +125,8 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start("ray-head", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
-        self._wait("ray-head", lambda: httpx.get(f"{self.ray_url}/api/version", headers=headers, timeout=5).is_success)
+        url, headers = f"{self.ray_url}/api/version", self._ray_headers()
+        self._wait("ray-head", lambda: httpx.get(url, headers=headers, timeout=5).is_success)
 
     def start_ray_node(self, number: int, num_cpus: int = 1) -> None:
         """One node; it is there when the head knows it."""
@@ -161,11 +146,11 @@ class Site:
         self._wait(f"ray-node-{number}", lambda: self._num_cpus() != before)
 
     def _num_cpus(self) -> float:
-        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
-        answer = httpx.get(f"{self.ray_url}/api/cluster_status", headers=headers, timeout=5).json()
-        status = (answer.get("data") or {}).get("clusterStatus") or {}
-        usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
-        return float(usage.get("CPU", (0, 0))[1])
+        answer = httpx.get(f"{self.ray_url}/api/cluster_status", headers=self._ray_headers(), timeout=5)
+        return usage_of(answer.json()).get("CPU", (0.0, 0.0))[1]
+
+    def _ray_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.secret('ray-token')}"}
 
     def start_prefect(self) -> None:
         """The server: it wants the password, and remembers its leases over a restart."""
