@@ -99,7 +99,9 @@ class RayJobs:
 
     def usage(self) -> dict[str, tuple[float, float]]:
         """What is used, and what there is, of every resource of the cluster."""
-        return usage_of(self._content(self._ask("GET", "/api/cluster_status")))
+        status = self._content(self._ask("GET", "/api/cluster_status")).get("data", {}).get("clusterStatus") or {}
+        usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
+        return {name: (float(used), float(total)) for name, (used, total) in usage.items()}
 
     def _ask(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
@@ -131,13 +133,6 @@ class RayJobs:
         if not isinstance(content, dict):
             raise ConfigError(f"{self.where} answers, but not as a Ray dashboard does: check RAY_API_SERVER_ADDRESS")
         return content
-
-
-def usage_of(cluster_status: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What is used, and what there is, of every resource, from the answer of /api/cluster_status."""
-    status = (cluster_status.get("data") or {}).get("clusterStatus") or {}
-    usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
-    return {name: (float(used), float(total)) for name, (used, total) in usage.items()}
 
 
 def _token() -> str | None:

@@ -25,7 +25,6 @@ from pathlib import Path
 import httpx
 import psutil
 
-from flows.jobs_api import usage_of
 from infra import seaweedfs
 
 HOME = Path(__file__).parents[1]
@@ -125,14 +124,13 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start("ray-head", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        url, headers = f"{self.ray_url}/api/version", self._ray_headers()
-        self._wait("ray-head", lambda: httpx.get(url, headers=headers, timeout=5).is_success)
+        self._wait("ray-head", lambda: bool(self._nodes()))
 
     def start_ray_node(self, number: int, num_cpus: int = 1) -> None:
         """One node; it is there when the head knows it."""
         if self.process(f"ray-node-{number}") is not None:
             return
-        before = self._num_cpus()
+        before = self._nodes()
         words = [
             *("ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
             f"--address=127.0.0.1:{self.ports['gcs']}",
@@ -143,14 +141,14 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start(f"ray-node-{number}", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        self._wait(f"ray-node-{number}", lambda: self._num_cpus() != before)
+        self._wait(f"ray-node-{number}", lambda: bool(self._nodes() - before))
 
-    def _num_cpus(self) -> float:
-        answer = httpx.get(f"{self.ray_url}/api/cluster_status", headers=self._ray_headers(), timeout=5)
-        return usage_of(answer.json()).get("CPU", (0.0, 0.0))[1]
-
-    def _ray_headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.secret('ray-token')}"}
+    def _nodes(self) -> set[str]:
+        """Ids of the nodes that the head takes for alive; a node that is started again gets another one."""
+        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
+        answer = httpx.get(f"{self.ray_url}/api/v0/nodes", headers=headers, timeout=5).raise_for_status().json()
+        listed = ((answer.get("data") or {}).get("result") or {}).get("result") or []
+        return {node["node_id"] for node in listed if node["state"] == "ALIVE"}
 
     def start_prefect(self) -> None:
         """The server: it wants the password, and remembers its leases over a restart."""

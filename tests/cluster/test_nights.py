@@ -130,9 +130,8 @@ def test_a_finished_night_is_not_done_again_and_a_deleted_output_is(
     again = nights.start("nightly", night_config)
     assert nights.ended(again)["type"] == "COMPLETED"
     assert nights.jobs("unetpp-") == before  # nothing was started
-    log = nights.log(again)
     for stage in ("train", "evaluate", "prune", "gate", "predict"):
-        assert f"{stage}: unchanged" in log
+        wait_for(lambda stage=stage: f"{stage}: unchanged" in nights.log(again), 30, lambda: nights.log(again))
 
     part = nights.parts("s3://output/nightly")[0]
     storage.delete(f"s3://output/nightly/table/{part}")
