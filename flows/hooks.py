@@ -48,21 +48,19 @@ def leave_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 def _followed(flow_run_id: Any) -> set[str]:
     """Submission ids of the jobs that a flow run started or attached to."""
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[JOB_ARTIFACT])),
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
-        )
-    return {artifact.description for artifact in found if artifact.description}
+    return {name for name, _ in _job_artifacts(FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))}
 
 
 def _followers(name: str) -> set[str]:
     """Ids of the flow runs that follow a job and are running."""
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    return {flow_run_id for job, flow_run_id in _job_artifacts(running) if job == name}
+
+
+def _job_artifacts(flow_runs: FlowRunFilter) -> list[tuple[str, str]]:
+    """(submission id, flow run id) of the jobs that these flow runs have named."""
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[JOB_ARTIFACT])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
-            ),
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[JOB_ARTIFACT])), flow_run_filter=flow_runs
         )
-    return {str(artifact.flow_run_id) for artifact in found if artifact.description == name}
+    return [(artifact.description, str(artifact.flow_run_id)) for artifact in found if artifact.description]

@@ -184,8 +184,7 @@ def _has_model(result: BaseModel) -> bool:
 def predict_stage(config: ArchiveFlowConfig, night: str, until: float) -> PredictResult:
     """Segment what is new in the archive with the current model; ConfigError where there is none."""
     job = _predict_job(config, night)
-    spec: dict[str, object] = {"config": job.output_fingerprint()}
-    watch = Watch(job.output)
+    watch, spec = Watch(job.output), _predict_spec(job)
     predicted = _once(config, "predict", spec, job, PredictResult, job.output, _has_masks, until, night, watch)
     if predicted.status in ("interrupted", "failed"):  # a record of a job that was stopped is no end
         raise JobError("predict", predicted.exit_code, predicted.message)
@@ -197,7 +196,7 @@ def predict_stage(config: ArchiveFlowConfig, night: str, until: float) -> Predic
 def is_night_done(config: ArchiveFlowConfig, night: str) -> PredictResult | None:
     """Return the result of a night whose work is done, and still there."""
     job = _predict_job(config, night)
-    name = ray_jobs.submission_id("predict", night, {"config": job.output_fingerprint()})
+    name = ray_jobs.submission_id("predict", night, _predict_spec(job))
     result = _read(_result_uri(job.output, name), PredictResult)
     return result if result is not None and _has_masks(result) else None
 
@@ -215,6 +214,10 @@ def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
         partial_ok=True,  # failed images are rows and counts, not a failed night
         **dict(config.predict),
     )
+
+
+def _predict_spec(job: PredictConfig) -> dict[str, object]:
+    return {"config": job.output_fingerprint()}
 
 
 def _has_masks(result: BaseModel) -> bool:

@@ -25,6 +25,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from infra import seaweedfs
+
 HOME = Path(__file__).parents[1]
 BIN = Path(sysconfig.get_path("scripts"))
 BUCKETS = ("archive", "output", "models")
@@ -89,33 +91,15 @@ class Site:
         """SeaweedFS with its buckets."""
         folder = self.folder / "store"
         folder.mkdir(exist_ok=True)
-        key, secret = self.secret("s3-key"), self.secret("s3-secret")
-        identity = {
-            "name": "unetpp",
-            "credentials": [{"accessKey": key, "secretKey": secret}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        accounts = folder / "accounts.json"
-        accounts.write_text(json.dumps({"identities": [identity]}))
-        accounts.chmod(0o600)
-        words = [
-            str(BIN / "weed"),
-            "-logtostderr=true",
-            "mini",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-master.telemetry=false",
-            "-admin.ui=false",
-            "-webdav=false",
-            f"-s3.port={self.ports['s3']}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            *(f"-{name}.port={self.ports[name]}" for name in ("master", "filer", "volume", "admin")),
-            f"-s3.config={accounts}",
-            f"-bucket={','.join(BUCKETS)}",
-        ]
-        self._start("store", words, {"GOMEMLIMIT": "512MiB"})
+        words = seaweedfs.command(
+            folder,
+            s3_port=self.ports["s3"],
+            ports=self.ports,
+            buckets=BUCKETS,
+            key_id=self.secret("s3-key"),
+            secret=self.secret("s3-secret"),
+        )
+        self._start("store", words, seaweedfs.ENVIRONMENT)
         self._wait("store", lambda: httpx.get(self.s3_url, timeout=5).status_code in (200, 403))
 
     def start_ray(self) -> None:
@@ -140,14 +124,13 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start("ray-head", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
-        self._wait("ray-head", lambda: httpx.get(f"{self.ray_url}/api/version", headers=headers, timeout=5).is_success)
+        self._wait("ray-head", lambda: bool(self._nodes()))
 
     def start_ray_node(self, number: int, num_cpus: int = 1) -> None:
         """One node; it is there when the head knows it."""
         if self.process(f"ray-node-{number}") is not None:
             return
-        before = self._num_cpus()
+        before = self._nodes()
         words = [
             *("ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
             f"--address=127.0.0.1:{self.ports['gcs']}",
@@ -158,14 +141,14 @@ class Site:
             "--object-store-memory=200000000",
         ]
         self._start(f"ray-node-{number}", [str(BIN / words[0]), *words[1:]], self.job_environment())
-        self._wait(f"ray-node-{number}", lambda: self._num_cpus() != before)
+        self._wait(f"ray-node-{number}", lambda: bool(self._nodes() - before))
 
-    def _num_cpus(self) -> float:
+    def _nodes(self) -> set[str]:
+        """Ids of the nodes that the head takes for alive; a node that is started again gets another one."""
         headers = {"Authorization": f"Bearer {self.secret('ray-token')}"}
-        answer = httpx.get(f"{self.ray_url}/api/cluster_status", headers=headers, timeout=5).json()
-        status = (answer.get("data") or {}).get("clusterStatus") or {}
-        usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
-        return float(usage.get("CPU", (0, 0))[1])
+        answer = httpx.get(f"{self.ray_url}/api/v0/nodes", headers=headers, timeout=5).raise_for_status().json()
+        listed = ((answer.get("data") or {}).get("result") or {}).get("result") or []
+        return {node["node_id"] for node in listed if node["state"] == "ALIVE"}
 
     def start_prefect(self) -> None:
         """The server: it wants the password, and remembers its leases over a restart."""

@@ -1,10 +1,8 @@
 """A real S3 server on loopback, for as long as it is needed."""
 
-import json
 import os
 import random
 import subprocess
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +12,7 @@ from typing import Self
 
 from s3fs import S3FileSystem
 
+from infra import seaweedfs
 from infra.cluster import is_free
 
 KEY_ID, SECRET = "key-of-the-tests", "canary-secret-of-the-tests"
@@ -36,32 +35,19 @@ class SeaweedFS:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        accounts = {"name": "tests", "credentials": [{"accessKey": KEY_ID, "secretKey": SECRET}]}
-        accounts["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]  # type: ignore[assignment]
-        (folder / "accounts.json").write_text(json.dumps({"identities": [accounts]}))
 
     def start(self) -> None:
         """Start it, or start it again, and wait until it answers."""
-        services = zip(("master", "filer", "volume", "admin"), self._ports, strict=True)
-        command = [
-            str(Path(sysconfig.get_path("scripts")) / "weed"),
-            "-logtostderr=true",
-            "mini",
-            f"-dir={self._folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-master.telemetry=false",
-            "-admin.ui=false",
-            "-webdav=false",
-            f"-s3.port={self._s3_port}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            *(f"-{service}.port={number}" for service, number in services),
-            f"-s3.config={self._folder / 'accounts.json'}",
-            f"-bucket={','.join(BUCKETS)}",
-        ]
+        command = seaweedfs.command(
+            self._folder,
+            s3_port=self._s3_port,
+            ports=dict(zip(seaweedfs.SERVICES, self._ports, strict=True)),
+            buckets=BUCKETS,
+            key_id=KEY_ID,
+            secret=SECRET,
+        )
         with (self._folder / "log").open("wb") as log:
-            environment = {**os.environ, "GOMEMLIMIT": "512MiB"}
+            environment = {**os.environ, **seaweedfs.ENVIRONMENT}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self._wait_until_answering()
         self._wait_for_buckets()

@@ -1,13 +1,16 @@
 """A whole site for the tests: a real Prefect server and worker, a Ray cluster with a token, SeaweedFS; on loopback."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -180,7 +183,29 @@ def wait_for(is_so: Callable[[], Any], timeout_s: float, tell: Callable[[], obje
 
 
 @pytest.fixture(scope="session")
-def site() -> Iterator[Site]:
+def alarms() -> Iterator[list[str]]:
+    """What was posted to the webhook of alarms, so far; UNETPP_ALARM_URL leads there."""
+    posted: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            posted.append(json.loads(body)["text"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        patch.setenv("UNETPP_ALARM_URL", f"http://127.0.0.1:{server.server_port}/")
+        yield posted
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def site(alarms: list[str]) -> Iterator[Site]:
     """The servers."""
     with tempfile.TemporaryDirectory(prefix="site-", ignore_cleanup_errors=True) as folder:
         there = Site(Path(folder), free_base_port())

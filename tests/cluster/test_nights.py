@@ -1,9 +1,11 @@
 """Nights on real servers: they start by themselves, and whatever is killed on the way, the table is whole."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -128,9 +130,8 @@ def test_a_finished_night_is_not_done_again_and_a_deleted_output_is(
     again = nights.start("nightly", night_config)
     assert nights.ended(again)["type"] == "COMPLETED"
     assert nights.jobs("unetpp-") == before  # nothing was started
-    log = nights.log(again)
     for stage in ("train", "evaluate", "prune", "gate", "predict"):
-        assert f"{stage}: unchanged" in log
+        wait_for(lambda stage=stage: f"{stage}: unchanged" in nights.log(again), 30, lambda: nights.log(again))
 
     part = nights.parts("s3://output/nightly")[0]
     storage.delete(f"s3://output/nightly/table/{part}")
@@ -160,14 +161,19 @@ def test_a_second_run_while_the_first_works_is_cancelled_before_it_starts(
     assert is_whole(nights, output)
 
 
+def submit_words(models: str, config: Config, shard_images: int) -> list[str]:
+    """`unetpp` these words: the predict job of an archive flow, sent by hand."""
+    _, model = registry.current(models)
+    assert model is not None
+    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input", config["input"]]
+    return [*words, "--output", config["output"], "--write", "parquet", "--shard-images", str(shard_images)]
+
+
 def test_two_starts_of_one_spec_outside_prefect_share_one_job(
     nights: Nights, models: str, archive_config: Config
 ) -> None:
-    _, model = registry.current(models)
-    assert model is not None
     output = archive_config["output"]
-    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input"]
-    words += [archive_config["input"], "--output", output, "--write", "parquet", "--shard-images", "25"]
+    words = submit_words(models, archive_config, shard_images=25)
     both = [nights.unetpp(*words) for _ in range(2)]
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -179,11 +185,8 @@ def test_two_starts_of_one_spec_outside_prefect_share_one_job(
 def test_a_submitted_job_is_stopped_by_ctrl_c_and_goes_on_when_it_is_said_again(
     nights: Nights, models: str, archive_config: Config
 ) -> None:
-    _, model = registry.current(models)
-    assert model is not None
     output = archive_config["output"]
-    words = ["submit", "predict", "--model", registry.model_uri(models, model.digest), "--input"]
-    words += [archive_config["input"], "--output", output, "--write", "parquet", "--shard-images", "5"]
+    words = submit_words(models, archive_config, shard_images=5)
     process = nights.unetpp(*words)
     wait_for(lambda: nights.is_working(output), 120)
     process.send_signal(signal.SIGINT)
@@ -246,7 +249,7 @@ def active_runs(nights: Nights) -> list[str]:
 
 
 def test_a_crashed_night_is_resumed_by_the_server_with_the_same_parameters(
-    nights: Nights, archive_config: Config
+    nights: Nights, archive_config: Config, alarms: list[str]
 ) -> None:
     output = archive_config["output"]
     run = nights.start("archive", archive_config)
@@ -271,6 +274,43 @@ def test_a_crashed_night_is_resumed_by_the_server_with_the_same_parameters(
     assert "attached to" in nights.log(second["id"])
     assert list(nights.jobs(output).values()) == ["SUCCEEDED"]
     assert is_whole(nights, output)
+    name = nights.flow_run(run)["name"]
+    wait_for(lambda: any(f"{name} is Crashed" in text for text in alarms), 60, lambda: alarms)
+
+
+def test_a_night_whose_machine_died_is_found_by_its_silence_and_resumed(
+    nights: Nights, archive_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flow and worker are gone in one moment: nobody is left to report a crash."""
+    output, site = archive_config["output"], nights.site
+    (zombie,) = [each for each in nights.ask("POST", "/automations/filter", json={}) if each["name"] == "unetpp-zombie"]
+    quick = {name: zombie[name] for name in ("name", "description", "enabled", "actions")}
+    quick["trigger"] = {**zombie["trigger"], "within": 75}
+    nights.ask("PUT", f"/automations/{zombie['id']}", json=quick)
+    site.kill("worker")
+    with_heartbeats = site.flow_environment() | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    monkeypatch.setattr(site, "flow_environment", lambda: with_heartbeats)
+    site.start_worker()
+    try:
+        run = nights.start("archive", archive_config)
+        wait_for(lambda: nights.is_working(output), 120, lambda: nights.log(run))
+        time.sleep(30)  # the first heartbeat has come
+        site.kill("worker")
+        with contextlib.suppress(ValueError):
+            nights.kill_flow()
+        site.start_worker()
+        assert nights.state(run)["type"] == "RUNNING"
+        wait_for(lambda: nights.state(run)["type"] == "CRASHED", 240, lambda: nights.state(run))
+        assert "no heartbeat" in nights.state(run)["message"]
+        wait_for(lambda: set(nights.jobs(output).values()) == {"SUCCEEDED"}, 240, lambda: nights.jobs(output))
+        wait_for(lambda: not active_runs(nights), 240)
+    finally:
+        nights.ask("PUT", f"/automations/{zombie['id']}", json=quick | {"trigger": zombie["trigger"]})
+        monkeypatch.undo()
+        site.kill("worker")
+        site.start_worker()
+    assert len(nights.jobs(output)) == 1
+    assert is_whole(nights, output)
 
 
 def test_a_lost_head_loses_no_night(nights: Nights, archive_config: Config) -> None:
@@ -292,7 +332,7 @@ def test_a_lost_head_loses_no_night(nights: Nights, archive_config: Config) -> N
 
 
 def test_a_night_with_a_corrupt_image_is_completed_with_a_warning_and_one_job(
-    nights: Nights, archive_config: Config
+    nights: Nights, archive_config: Config, alarms: list[str]
 ) -> None:
     put_images("s3://archive/corrupt", 20)
     storage.write_bytes("s3://archive/corrupt/broken.png", b"\x89PNG\r\n\x1a\n, and then nothing")
@@ -304,6 +344,7 @@ def test_a_night_with_a_corrupt_image_is_completed_with_a_warning_and_one_job(
     assert list(nights.jobs(config["output"]).values()) == ["SUCCEEDED"]
     assert nights.result(config["output"])["status"] == "partial"
     assert Counter(row["error_code"] for row in nights.rows(config["output"])) == {None: 20, "decode": 1}
+    wait_for(lambda: any("warning, 1 images failed" in text for text in alarms), 60, lambda: alarms)
 
 
 @pytest.mark.parametrize(
