@@ -35,7 +35,7 @@ class EpochMetrics(Frozen):
     val_iou: dict[str, float]
     val_mean_iou: float
     num_skipped: int = Field(0, description="steps whose gradient was not finite, so far")
-    seconds: float = Field(description="of training, so far, over all resumptions")
+    seconds: float = Field(description="so far, over all resumptions")
 
 
 class Checkpoint(Frozen):

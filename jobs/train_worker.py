@@ -55,6 +55,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 ) from None
             worker.progress.tell(f"{error}: going back to the last checkpoint, with half the learning rate")
             history = worker.resume(worker.state.learning_rate_factor / 2)
+    ray.train.report(history[-1].model_dump(mode="json"))  # once: it waits for the controller, for seconds
 
 
 def is_over(config: TrainConfig, history: History) -> bool:
@@ -100,6 +101,7 @@ class Worker:
             history = checkpoint.history
         if learning_rate_factor is not None:
             self.state.slow_down(learning_rate_factor)
+        self._started = time.monotonic() - self.state.seconds
         return history
 
     def epoch(self, history: History) -> History:
@@ -107,6 +109,7 @@ class Worker:
         epoch, state = len(history), self.state
         losses, rates = self._steps(epoch)
         val_iou = self._validate(state.averaged)
+        state.seconds = self._seconds()
         heads = [value for name, value in val_iou.items() if name != "accurate"]
         metrics = EpochMetrics(
             epoch=epoch,
@@ -124,18 +127,17 @@ class Worker:
             checkpoints.tidy(self.run_uri, self.config.keep_checkpoints)
             write_records(self.run_uri, history, losses, rates)
         self.progress.epoch(metrics)
-        ray.train.report(metrics.model_dump(mode="json"))  # waits for the other workers: what is saved, is saved
         return history
 
     def _steps(self, epoch: int) -> tuple[list[float], list[float]]:
         """The epoch's steps, or as many as there is time for: losses of the whole batches, and learning rates."""
-        state, started, before = self.state, time.monotonic(), self.state.seconds
+        state = self.state
         state.train()
         losses: list[torch.Tensor] = []
         rates: list[float] = []
         for x_BCHW, target_BHW in self._batches(epoch):
             if self.config.max_seconds is not None and len(losses) % CLOCK_STEPS == 0:
-                state.seconds = self._agreed(before + time.monotonic() - started)
+                state.seconds = self._seconds()
                 if state.seconds >= self.config.max_seconds:
                     break
             rates.append(state.learning_rate)
@@ -144,7 +146,6 @@ class Worker:
                 state.step(list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True)), self.world_size)
             )
             self.progress.step(epoch, len(losses), float(losses[-1]) * self.world_size)
-        state.seconds = self._agreed(before + time.monotonic() - started)
         whole = torch.stack(losses) if losses else torch.zeros(0)
         if self.world_size > 1:
             dist.all_reduce(whole)
@@ -157,11 +158,12 @@ class Worker:
         assert self._stream is not None
         return islice(self._stream, self.steps_per_epoch)
 
-    def _agreed(self, value: float) -> float:
-        """The first worker's value."""
+    def _seconds(self) -> float:
+        """How long the run has trained, validated and saved, over all resumptions: the first worker's clock."""
+        seconds = time.monotonic() - self._started
         if self.world_size == 1:
-            return value
-        told = torch.tensor([value], dtype=torch.float64, device=self.device)
+            return seconds
+        told = torch.tensor([seconds], dtype=torch.float64, device=self.device)
         dist.broadcast(told, src=0)
         return float(told)
 

@@ -144,6 +144,18 @@ def test_a_torn_checkpoint_costs_its_epoch_and_no_more(
     assert_same(trained(tmp_path), undisturbed)
 
 
+def test_a_streamed_run_that_is_killed_goes_on_in_the_same_order(
+    config_file: Path, tmp_path: Path, run_unetpp: Start, kill_tree: Kill
+) -> None:
+    words = ["train", "--config", config_file, "--num-workers", "1", "--cache", "stream", "--output"]
+    process = run_unetpp(*words, tmp_path / "disturbed")
+    wait_for_epoch(process, tmp_path / "disturbed", 1)
+    kill_tree(process)
+    for name in ("disturbed", "undisturbed"):
+        ended(run_unetpp(*words, tmp_path / name))
+    assert_same(trained(tmp_path / "disturbed"), trained(tmp_path / "undisturbed"))
+
+
 FILL_AND_FREE = """
 set -u
 mount -t tmpfs -o size=700k tmpfs "$OUT"
