@@ -88,7 +88,7 @@ def assert_same(result: TrainResult, undisturbed: TrainResult) -> None:
 
 
 def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not list(output.glob(f"*/checkpoints/epoch_{epoch:04d}/complete.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
