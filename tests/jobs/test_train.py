@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from tensorboardX.proto import event_pb2
 
@@ -21,6 +19,7 @@ from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
 from jobs.train import run
+from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
@@ -162,18 +161,19 @@ def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_pat
     assert result.epochs < 10
 
 
-def test_an_image_of_nonsense_costs_its_steps_and_no_more(data_dir: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "set"
-    shutil.copytree(data_dir, broken)
-    (image,) = [each for each in (broken / "images").iterdir() if each.stem == "synth-000000"]
-    image.unlink()
-    pixels = np.full((64, 64), np.nan, np.float32)
-    tifffile.imwrite(broken / "images" / "synth-000000.tif", pixels)
-    result = run(config(broken, tmp_path, epochs=1, steps_per_epoch=12, batch_size=1))
-    with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
-        (row,) = csv.DictReader(table)
-    assert 0 < int(row["skipped"]) < 12
-    assert all(tensor.isfinite().all() for tensor in from_pretrained(result.model_uri).state_dict().values())
+def test_a_step_without_a_finite_gradient_changes_nothing_and_a_row_of_them_ends(data_dir: Path) -> None:
+    asked = config(data_dir, "unused")
+    state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
+    state.train()
+    x, target = torch.rand(4, 3, 32, 32), torch.zeros(4, 32, 32, dtype=torch.uint8)
+    before = {name: weights.clone() for name, weights in state.network.named_parameters()}
+    assert state.step([(x * torch.nan, target)], 1).isnan()
+    assert all(torch.equal(weights, before[name]) for name, weights in state.network.named_parameters())
+    assert (state.num_skipped, state.num_steps_done) == (1, 1)
+    with pytest.raises(DivergedError):
+        for _ in range(MAX_SKIPPED):
+            state.step([(x * torch.nan, target)], 1)
+    assert all(weights.isfinite().all() for weights in state.network.parameters())
 
 
 def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path) -> None:
