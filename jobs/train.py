@@ -25,7 +25,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
 
-from jobs import checkpoints, storage
+from jobs import checkpoints, models, storage
 from jobs.calibrate import calibrate
 from jobs.checkpoints import EpochMetrics
 from jobs.cluster import local_ray
@@ -73,8 +73,9 @@ def run(config: TrainConfig) -> TrainResult:
         config.epochs * steps_per_epoch,
     )
     with local_ray(config.worker_bounds[1] * (config.threads_per_worker or 1) + _num_readers(config)):
-        stream = crop_stream(samples, config, steps_per_epoch, run_uri) if train is None else None
-        _fit(config, run_uri, train, stream, val, steps_per_epoch)
+        place = storage.canonical(run_uri)  # workers are in folders of their own
+        stream = crop_stream(samples, config, steps_per_epoch, place) if train is None else None
+        _fit(config, place, train, stream, val, steps_per_epoch)
     model_uri = storage.join(run_uri, "model")
     best, model_digest = _export(config, labelled, val, run_uri, model_uri)
     last = checkpoints.complete(run_uri)[0].metrics
@@ -141,6 +142,7 @@ def _fit(
         train_loop_config={
             "config": config,
             "run_uri": run_uri,
+            "init": config.init and models.canonical(config.init),
             "train": None if train is None else ray.put(train),
             "val": ray.put(val),
             "steps_per_epoch": steps_per_epoch,

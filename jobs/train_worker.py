@@ -76,6 +76,7 @@ class Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.config: TrainConfig = settings["config"]
         self.run_uri: str = settings["run_uri"]
+        self.init: str | None = settings["init"]
         self.steps_per_epoch: int = settings["steps_per_epoch"]
         self.device = get_device()
         if self.device.type == "cpu":
@@ -90,7 +91,7 @@ class Worker:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
         self._stream = None if self.sampler else streamed_batches(self.config, self.world_size)
         found = checkpoints.newest(self.run_uri)
-        initial = from_pretrained(fetch_model(self.config.init)) if self.config.init and found is None else None
+        initial = from_pretrained(fetch_model(self.init)) if self.init and found is None else None
         num_steps = self.config.epochs * self.steps_per_epoch
         network = first_network(self.config, initial)
         self.state = TrainingState(self.config, num_steps, network, self.device, prepare_model)
