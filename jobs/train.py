@@ -50,7 +50,7 @@ MAX_WORKER_FAILURES = 3
 
 def run(config: TrainConfig) -> TrainResult:
     """Train, resume, or return the result of the finished run. ConfigError for data that cannot be trained on."""
-    labelled = open_labelled_set(config.data, config.split_column)
+    labelled = open_labelled_set(storage.canonical(config.data), config.split_column)
     name = f"{config.name}-{fingerprint({'config': config.run_fingerprint(), 'data': labelled.fingerprint})[:10]}"
     run_uri = storage.join(config.output, name)
     result_uri = storage.join(run_uri, "result.json")
