@@ -100,7 +100,7 @@ def _load(config: TrainConfig, labelled: LabelledSet, split: str) -> Sequence[La
 
 def _num_readers(config: TrainConfig) -> int:
     """CPUs that are left to what reads the images, where they are streamed."""
-    return int(config.cache == "stream")
+    return 2 if config.cache == "stream" else 0  # one lists what is to be cut, one cuts
 
 
 def _threads(config: TrainConfig) -> int:
