@@ -1,11 +1,11 @@
 """The checkpoints of a training run: complete or not there, and checked when they are read.
 
 ```
-<run>/checkpoints/epoch_0007/state-<sha256, 16 digits>.pt
-<run>/checkpoints/epoch_0007/complete.json                 written last
+<run>/checkpoints/epoch_0007-<sha256, 16 digits>.pt
+<run>/checkpoints/epoch_0007.json                      written last
 ```
 
-An epoch without complete.json, or whose state is not what that says, is passed over: whoever resumes takes the newest
+An epoch without its JSON, or whose state is not what that says, is passed over: whoever resumes takes the newest
 one that is whole. Two writers of one run, as there may be for a moment after a kill, never mix their files.
 """
 
@@ -19,8 +19,6 @@ from jobs import storage
 from unetpp.config import Frozen
 
 logger = logging.getLogger(__name__)
-
-COMPLETE = "complete.json"
 
 Environment = dict[str, str | int | None]
 
@@ -39,7 +37,7 @@ class EpochMetrics(Frozen):
 
 
 class Checkpoint(Frozen):
-    """complete.json: the state after an epoch, and every epoch up to it."""
+    """epoch_0007.json: the state after an epoch, and every epoch up to it."""
 
     state: str
     sha256: str
@@ -56,18 +54,21 @@ class Checkpoint(Frozen):
         """Counted from 0."""
         return self.metrics.epoch
 
+    @property
+    def name(self) -> str:
+        """Of this record's file."""
+        return f"epoch_{self.epoch:04d}.json"
+
 
 def save(
     run_uri: str, state: bytes, history: tuple[EpochMetrics, ...], environment: Environment | None = None
 ) -> Checkpoint:
     """Write the state after the last epoch of `history`."""
     sha256 = hashlib.sha256(state).hexdigest()
-    checkpoint = Checkpoint(
-        state=f"state-{sha256[:16]}.pt", sha256=sha256, history=history, environment=environment or {}
-    )
-    folder = _folder(run_uri, checkpoint.epoch)
-    storage.write_bytes(storage.join(folder, checkpoint.state), state)
-    storage.write_bytes(storage.join(folder, COMPLETE), checkpoint.model_dump_json(indent=2).encode())
+    name = f"epoch_{history[-1].epoch:04d}-{sha256[:16]}.pt"
+    checkpoint = Checkpoint(state=name, sha256=sha256, history=history, environment=environment or {})
+    storage.write_bytes(_uri(run_uri, checkpoint.state), state)
+    storage.write_bytes(_uri(run_uri, checkpoint.name), checkpoint.model_dump_json(indent=2).encode())
     return checkpoint
 
 
@@ -78,9 +79,9 @@ def complete(run_uri: str) -> list[Checkpoint]:
 
 def _complete(run_uri: str) -> Iterator[Checkpoint]:
     for found in storage.list_objects(storage.join(run_uri, "checkpoints"), missing_ok=True):
-        if not found.key.endswith(f"/{COMPLETE}"):
+        if not found.key.endswith(".json"):
             continue
-        uri = storage.join(run_uri, "checkpoints", found.key)
+        uri = _uri(run_uri, found.key)
         try:
             yield Checkpoint.model_validate_json(storage.read_bytes(uri))
         except (FileNotFoundError, ValidationError):
@@ -89,7 +90,7 @@ def _complete(run_uri: str) -> Iterator[Checkpoint]:
 
 def read_state(run_uri: str, checkpoint: Checkpoint) -> bytes | None:
     """Return the state of a checkpoint; None, and a warning, where it is gone or not what was written."""
-    uri = storage.join(_folder(run_uri, checkpoint.epoch), checkpoint.state)
+    uri = _uri(run_uri, checkpoint.state)
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
@@ -122,12 +123,11 @@ def tidy(run_uri: str, keep: int) -> None:
         return
     last, *others = there
     others.sort(key=lambda each: (-each.metrics.val_mean_iou, each.epoch))
-    kept = {last.epoch: last.state, **{each.epoch: each.state for each in others[: max(1, keep - 1)]}}
-    wanted = {f"epoch_{epoch:04d}/{name}" for epoch, state in kept.items() for name in (state, COMPLETE)}
+    wanted = {name for each in (last, *others[: max(1, keep - 1)]) for name in (each.state, each.name)}
     for found in list(storage.list_objects(storage.join(run_uri, "checkpoints"))):
         if found.key not in wanted:
-            storage.delete(storage.join(run_uri, "checkpoints", found.key))
+            storage.delete(_uri(run_uri, found.key))
 
 
-def _folder(run_uri: str, epoch: int) -> str:
-    return storage.join(run_uri, "checkpoints", f"epoch_{epoch:04d}")
+def _uri(run_uri: str, name: str) -> str:
+    return storage.join(run_uri, "checkpoints", name)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray.util.queue import Empty, Queue
+from torch import Tensor
 
 from jobs import storage
 from jobs.checkpoints import EpochMetrics
@@ -35,10 +36,12 @@ class Progress:
         self.steps_per_epoch = steps_per_epoch
         self._told = time.monotonic()
 
-    def step(self, epoch: int, step: int, loss: float) -> None:
-        """Say how far the epoch is, at most every PROGRESS_S seconds."""
+    def step(self, epoch: int, step: int, loss: Tensor) -> None:
+        """Say how far the epoch is, at most every PROGRESS_S seconds: reading `loss` waits for its device."""
         if self.news is not None and time.monotonic() - self._told > PROGRESS_S:
-            self.tell(f"epoch {epoch + 1}/{self.num_epochs}  step {step}/{self.steps_per_epoch}  loss {loss:.4f}")
+            self.tell(
+                f"epoch {epoch + 1}/{self.num_epochs}  step {step}/{self.steps_per_epoch}  loss {float(loss):.4f}"
+            )
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Say how the epoch ended."""

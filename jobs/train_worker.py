@@ -146,7 +146,7 @@ class Worker:
             losses.append(
                 state.step(list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True)), self.world_size)
             )
-            self.progress.step(epoch, len(losses), float(losses[-1]) * self.world_size)
+            self.progress.step(epoch, len(losses), losses[-1] * self.world_size)
         whole = torch.stack(losses) if losses else torch.zeros(0)
         if self.world_size > 1:
             dist.all_reduce(whole)

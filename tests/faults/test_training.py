@@ -89,7 +89,7 @@ def assert_same(result: TrainResult, undisturbed: TrainResult) -> None:
 
 def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> None:
     deadline = time.monotonic() + 300
-    while not list(output.glob(f"*/checkpoints/epoch_{epoch:04d}/complete.json")):
+    while not list(output.glob(f"*/checkpoints/epoch_{epoch:04d}.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -135,7 +135,7 @@ def test_a_torn_checkpoint_costs_its_epoch_and_no_more(
     kill_tree(process)
     (run,) = (each for each in tmp_path.iterdir() if each.is_dir())
     newest, before, *_ = checkpoints.complete(str(run))
-    state = run / "checkpoints" / f"epoch_{newest.epoch:04d}" / newest.state
+    state = run / "checkpoints" / newest.state
     state.write_bytes(state.read_bytes()[:1000])
     found = checkpoints.newest(str(run))
     assert found is not None

@@ -47,8 +47,7 @@ def test_a_torn_checkpoint_is_passed_over(place: str, damage: str) -> None:
     for number in range(2):
         save(place, [0.5, 0.7], number)
     newest, _ = checkpoints.complete(place)
-    folder = storage.join(place, "checkpoints", "epoch_0001")
-    uri = storage.join(folder, newest.state if "state" in damage else checkpoints.COMPLETE)
+    uri = storage.join(place, "checkpoints", newest.state if "state" in damage else newest.name)
     content = storage.read_bytes(uri)
     storage.delete(uri)
     if "torn" in damage:
