@@ -292,7 +292,8 @@ def test_a_night_whose_machine_died_is_found_by_its_silence_and_resumed(
     monkeypatch.setattr(site, "flow_environment", lambda: with_heartbeats)
     site.start_worker()
     try:
-        run = nights.start("archive", archive_config)
+        slow = {**archive_config["predict"], "shard_images": 1, "tile_px": 64}  # or the night is over before that
+        run = nights.start("archive", archive_config | {"predict": slow})
         wait_for(lambda: nights.is_working(output), 120, lambda: nights.log(run))
         time.sleep(30)  # the first heartbeat has come
         site.kill("worker")
@@ -385,7 +386,7 @@ def test_a_wrong_token_is_one_sentence(site: Site, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_night_that_cannot_reach_its_cluster_fails_with_one_sentence(nights: Nights, archive_config: Config) -> None:
-    words = ["submit", "predict", "--model", "m", "--input", "i", "--output", "o", "--address", "http://127.0.0.1:9"]
+    words = ["submit", "predict", "--model", "./m", "--input", "i", "--output", "o", "--address", "http://127.0.0.1:9"]
     process = nights.unetpp(*words)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 20
