@@ -103,6 +103,11 @@ class TrainOptions(Frozen):
     group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="share of crops a group of balance_by; default: equal"
     )
+    balance_within: str | None = Field(
+        None,
+        description="column of splits.csv, such as the field of view, whose groups are equally likely within those of "
+        "balance_by",
+    )
     foreground: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of crops around a random foreground pixel; the others lie anywhere in their image"
     )

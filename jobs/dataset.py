@@ -3,13 +3,13 @@
 Images are decoded once: into memory, or into one file of the node (`jobs.array_file`) where they would take too much.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import psutil
@@ -209,8 +209,9 @@ def scaled(image_HWC: NDArray[np.generic], model: ModelConfig) -> NDArray[np.flo
 class CropSampler:
     """Training crops by number: crop n of epoch e is the same whatever the world size, and after a resume.
 
-    With `balance_by`, the group of a crop is drawn by `group_weights` (default equal) before the image; else images
-    are drawn uniformly. A share `foreground` of the crops lies around a random pixel of the image's foreground, as far
+    With `balance_by`, the group of a crop is drawn by `group_weights` (default equal), with `balance_within` then one
+    of its subgroups, all equally likely, and then one of their images; else images are drawn uniformly. A share
+    `foreground` of the crops lies around a random pixel of the image's foreground, as far
     as the borders let it; where an image has none, anywhere.
     """
 
@@ -226,21 +227,28 @@ class CropSampler:
         self._cumulative[-1] = 1.0
 
     def _image_probabilities(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        column = self.config.balance_by
-        if column is None:
-            return np.full(len(samples), 1 / len(samples))
-        groups = [sample.groups.get(column) for sample in samples]
-        if None in groups:
-            raise ConfigError(f"balance_by: splits.csv of {self.config.data} has no column {column!r}")
-        names, sizes = np.unique(np.array(groups), return_counts=True)
-        weights = self.config.group_weights or dict.fromkeys(names.tolist(), 1.0)
-        if set(weights) != set(names.tolist()):
+        """Shares of a group, of its subgroups and of their images, multiplied."""
+        groups = self._groups("balance_by", samples)
+        weights = self.config.group_weights or dict.fromkeys(groups, 1.0)
+        if set(weights) != set(groups):
             raise ConfigError(
-                f"group_weights names {sorted(weights)}, the training images have {column} {sorted(names.tolist())}"
+                f"group_weights names {sorted(weights)}, the training images have {self.config.balance_by} "
+                f"{sorted(set(groups))}"
             )
-        share = {name: weights[name] / size for name, size in zip(names.tolist(), sizes.tolist(), strict=True)}
-        probability = np.array([share[str(group)] for group in groups])
+        subgroups = list(zip(groups, self._groups("balance_within", samples), strict=True))
+        num_subgroups = Counter(group for group, _ in set(subgroups))
+        num_images = Counter(subgroups)
+        probability = np.array([weights[each[0]] / num_subgroups[each[0]] / num_images[each] for each in subgroups])
         return probability / probability.sum()
+
+    def _groups(self, setting: Literal["balance_by", "balance_within"], samples: Sequence[Sample]) -> list[str]:
+        """The group of every sample in the column that the setting names; one for all where it names none."""
+        column = getattr(self.config, setting)
+        groups = ["" if column is None else sample.groups.get(column) for sample in samples]
+        known = [group for group in groups if group is not None]
+        if len(known) < len(groups):
+            raise ConfigError(f"{setting}: splits.csv of {self.config.data} has no column {column!r}")
+        return known
 
     def crop(self, epoch: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Crop `number` of `epoch`: float32 HWC and its target uint8 HW."""

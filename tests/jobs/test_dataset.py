@@ -264,6 +264,15 @@ def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
     assert shares == pytest.approx(weights)
 
 
+def test_fields_of_a_group_are_drawn_equally_and_images_of_a_field_share_it(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    for number, image in enumerate(images):
+        image.sample.groups.update(modality="ab"[number > 2], field="xxyz"[min(number, 3)])
+    asked = {"balance_by": "modality", "group_weights": {"a": 0.8, "b": 0.2}, "balance_within": "field"}
+    shares = np.diff([0, *CropSampler(images, train_config(data_dir, **asked))._cumulative])
+    assert shares == pytest.approx([0.2, 0.2, 0.4] + [0.2 / (len(images) - 3)] * (len(images) - 3))
+
+
 def disk_at(data_dir: Path, y: int, x: int) -> None:
     """Every mask of the set becomes one small disk, every image shows it."""
     rows, columns = np.mgrid[:48, :48]
@@ -309,7 +318,8 @@ def test_a_crop_holds_the_values_that_prediction_sees(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"balance_by": "stain"}, "splits.csv of .* has no column 'stain'"),
+        ({"balance_by": "stain"}, "balance_by: splits.csv of .* has no column 'stain'"),
+        ({"balance_within": "field"}, "balance_within: splits.csv of .* has no column 'field'"),
         ({"balance_by": "modality", "group_weights": {"fluorescence": 1.0}}, "group_weights names"),
     ],
 )
