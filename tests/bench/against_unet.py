@@ -97,9 +97,9 @@ def main() -> None:
         scores |= {f"{name} {head}": values for head, values in quality(network, test).items()}
         report["models"][name] = {**cost, **spent}
         print(name, report["models"][name], flush=True)
-    report["test"] = {name: _mean(values) for name, values in scores.items()}
+    report["test"] = {name: mean_with_interval(values) for name, values in scores.items()}
     report["ahead"] = {
-        f"{name} over {peer}": _mean(np.subtract(scores[name], scores[peer]))
+        f"{name} over {peer}": mean_with_interval(np.subtract(scores[name], scores[peer]))
         for peer in ("U-Net L4", "U-Net, same compute L4")
         for name in scores
         if name.startswith("UNet++")
@@ -109,7 +109,7 @@ def main() -> None:
     print(json.dumps({name: report[name] for name in ("models", "test", "ahead")}, indent=1))
 
 
-def _mean(values: Sequence[float] | NDArray[np.float64]) -> dict[str, Any]:
+def mean_with_interval(values: Sequence[float] | NDArray[np.float64]) -> dict[str, Any]:
     """Of values by image, with the interval that bootstrap over images gives."""
     return {"mean": float(np.mean(values)), "interval": bootstrap_interval(values, num_bootstrap=5000, seed=0)}
 
