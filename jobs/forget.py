@@ -21,7 +21,9 @@ from unetpp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORGOTTEN: dict[str, Any] = dict.fromkeys(("mask_png", "mask_uri", "class_pixels", "uncertainty"))
+FORGOTTEN: dict[str, Any] = dict.fromkeys(
+    ("mask_png", "mask_uri", "class_pixels", "uncertainty", "probability_png", "geo")
+)
 FORGOTTEN |= {"error_code": "forgotten", "error": "removed on request"}
 
 
@@ -64,6 +66,7 @@ def _forget_in(part: Part, key: str, output: str) -> int:
     (footer,) = table.read_footers([part])
     place = storage.plain(output)  # as rows name it, who know of no profile
     pngs = [output + row["mask_uri"].removeprefix(place) for row in mine if row["mask_uri"] is not None]
+    pngs += [sink.probability_uri(uri) for uri in pngs]
     for row in mine:
         row.update(FORGOTTEN)
     storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))

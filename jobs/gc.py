@@ -73,6 +73,7 @@ def _orphans(output: str, record: RunRecord) -> Garbage:
         rows = [row for row in batch.to_pylist() if row["mask_uri"] is not None]
         windows = [(row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None for row in rows]
         keys = [sink.png_key(row["key"], window) for row, window in zip(rows, windows, strict=True)]
+        keys += [sink.probability_uri(key) for key in keys]
         named.append(np.array([_digest(key) for key in keys], "S16"))
     known = np.unique(np.concatenate(named))
 

@@ -152,7 +152,8 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
         row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
         try:
             content = storage.read_bytes(storage.join(archive.source_uri, row["key"]), row["etag"])
-            picture = overlays.thumbnail(decode_image(content, max_pixels=archive.config.max_pixels))
+            image_HWC = decode_image(content, max_pixels=archive.config.max_pixels, bands=archive.config.bands)
+            picture = overlays.thumbnail(image_HWC)
         except ImageError as error:
             logger.info("the report leaves %s out: %s", row["key"], error.detail)
             continue

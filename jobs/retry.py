@@ -12,7 +12,9 @@ from jobs.runs import read_record
 def run(config: RetryConfig) -> PredictResult:
     """Retry with the run's own settings. ConfigError where there is no such run, or another one is unfinished."""
     record = read_record(storage.canonical(config.run))
-    said = {name: getattr(config, name) for name in ("model", "max_pixels") if getattr(config, name) is not None}
+    said = {
+        name: getattr(config, name) for name in ("model", "max_pixels", "pages") if getattr(config, name) is not None
+    }
     how = config.model_dump(include={"backend", "num_workers", "threads", "partial_ok", "result"})
     settings = PredictConfig.model_validate(record.config | how | said)
     return predict.run(settings, parent=record.run, only=config.only)
