@@ -336,7 +336,8 @@ class PredictOptions(Frozen):
         "masks go",
     )
     include: tuple[str, ...] = Field(
-        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
+        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.svs", "*.bmp", "*.webp"),
+        description="globs on the key, case-insensitive",
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
     num_workers: Annotated[int, Field(ge=1)] | None = Field(

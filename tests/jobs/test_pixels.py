@@ -89,6 +89,44 @@ def test_refused_pages_are_rows_and_a_retry_may_take_their_first(segment, images
     assert (again.num_predicted, again.num_failed) == (1, 0)
 
 
+# ------------------------------------------------------------------------------------------------ files from the wild
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained network so small that 131 megapixels take seconds; one channel."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        save_pretrained(UNetPlusPlus(ModelConfig(level=1, filters=(2, 2), in_channels=1)), folder)
+    return folder
+
+
+def test_every_large_file_gives_a_mask(segment, small_model: Path, shared_dir: Path) -> None:
+    rows = segment(model=str(small_model), input=str(shared_dir / "data" / "large"), pages="refuse")
+    sizes = {key: (row["height"], row["width"]) for key, row in rows.items() if row["mask_png"]}
+    assert sizes == {
+        "8k_earth_specular_map.tif": (4096, 8192),
+        "CMU-1-Small-Region.svs": (2967, 2220),
+        "earth-blue-marble.jpg": (2048, 4096),
+        "elev_bump_16k.jpg": (8100, 16200),
+    }
+    assert len(rows) == 4
+    for row in rows.values():
+        assert decode_mask(row["mask_png"]).shape == (row["height"], row["width"])
+
+
+def test_every_odd_file_gives_a_mask_or_a_code(segment, small_model: Path, shared_dir: Path) -> None:
+    folder = shared_dir / "data" / "odd_images"
+    rows = segment(model=str(small_model), input=str(folder), include=("*",), max_failed_share=1)
+    assert rows.keys() == {path.name for path in folder.iterdir()}
+    for row in rows.values():
+        assert (row["mask_png"] is None) == (row["error_code"] is not None)
+        assert row["error_code"] in (None, "decode", "too_large")
+        assert row["error_code"] is None or row["error"]
+    assert sum(row["mask_png"] is not None for row in rows.values()) > 300
+
+
 # ------------------------------------------------------------------------------------------------ places
 
 
