@@ -504,11 +504,12 @@ class StatusResult(Frozen):
     """How far a run is."""
 
     run: str
-    state: Literal["open", "sealed", "abandoned"]
+    state: Literal["open", "sealed", "abandoned", "compacted"]
     source_uri: str
     model_digest: str
     opened_at: datetime
     parent: str | None
+    compacted_into: str | None = Field(None, description="the run that holds this one's rows; parts count what is left")
     num_shards: int
     num_shards_done: int
     num_images: int
@@ -586,9 +587,36 @@ class GcResult(Frozen):
     """What is, or was, garbage."""
 
     output_uri: str
-    objects: dict[str, int] = Field(description="number by kind: png, note, manifest, leftover")
+    objects: dict[str, int] = Field(description="number by kind: part, png, note, manifest, leftover")
     size_bytes: int
     deleted: bool
+
+
+class CompactConfig(Frozen):
+    """Copy the newest rows of finished runs from many small parts into few large ones; gc removes the small ones."""
+
+    output: OutputUri
+    part_mb: Annotated[int, Field(ge=1)] = Field(128, description="size of a part, MiB, that is aimed at")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class Compaction(Frozen):
+    """One run that copied others."""
+
+    run: str
+    model_digest: str
+    source_uri: str
+    compacted: tuple[str, ...] = Field(description="runs whose parts no reader needs any more")
+    num_rows: int
+    num_parts_before: int
+    num_parts: int
+
+
+class CompactResult(Frozen):
+    """What was compacted; nothing where no part would be saved."""
+
+    output_uri: str
+    compactions: tuple[Compaction, ...]
 
 
 class ForgetConfig(Frozen):

@@ -150,18 +150,7 @@ def commit(
 
     ConfigError where the name holds other work than this.
     """
-    failures = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
-    footer = Footer(
-        run=run,
-        manifest_sha256=manifest_sha256,
-        shard=shard,
-        num_predicted=len(rows) - failures.total(),
-        num_failed=failures.total(),
-        failures=dict(sorted(failures.items())),
-        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
-        seconds=seconds,
-        committed_at=time.time(),
-    )
+    footer = footer_of(rows, run=run, manifest_sha256=manifest_sha256, shard=shard, seconds=seconds)
     if storage.put_if_absent(uri, encode_part(rows, footer), root=root):
         return footer
     there = read_footer(pq.read_metadata(io.BytesIO(storage.read_bytes(uri))), uri)
@@ -172,6 +161,22 @@ def commit(
             "use another output, or move the strange part away"
         )
     return there
+
+
+def footer_of(rows: Sequence[dict[str, Any]], *, run: str, manifest_sha256: str, shard: int, seconds: float) -> Footer:
+    """The footer of a part with these rows, committed now."""
+    failures = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
+    return Footer(
+        run=run,
+        manifest_sha256=manifest_sha256,
+        shard=shard,
+        num_predicted=len(rows) - failures.total(),
+        num_failed=failures.total(),
+        failures=dict(sorted(failures.items())),
+        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
+        seconds=seconds,
+        committed_at=time.time(),
+    )
 
 
 def abandon(uri: str, *, run: str, manifest_sha256: str, shard: int, by: str, root: str) -> None:
