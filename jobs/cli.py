@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
 from jobs.contract import (
+    CompactConfig,
     EvaluateConfig,
     ExitCode,
     ExplainConfig,
@@ -40,6 +41,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "explain": ExplainConfig,
     "retry": RetryConfig,
     "rebuild": RebuildConfig,
+    "compact": CompactConfig,
     "gc": GcConfig,
     "forget": ForgetConfig,
     "rollback": RollbackConfig,

@@ -66,7 +66,7 @@ def contact_sheet(samples: Sequence[Sample], config: InspectConfig, group_by: st
 
 def _cell(encoded: Encoded, config: InspectConfig) -> tuple[Pillow.Image, str]:
     """The image with its mask's outline, and what keeps the outline away."""
-    image_HWC = encoded.image_HWC()
+    image_HWC = encoded.image_HWC(config.bands)
     cell = thumbnail(image_HWC, CELL_PX)
     try:
         mask_HW = encoded.mask_HW(config.num_classes, config.ignore_index)

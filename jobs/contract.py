@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, Field, model_validator
 
 from unetpp.card import UNSTATED, LevelChoice
-from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind, ValueRange
+from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
 from unetpp.errors import ImageErrorCode
 
 
@@ -326,7 +326,7 @@ class PruneResult(Frozen):
 WALL_FACTOR = 5
 """Waiting for other processes is no work: the clock on the wall may run this much longer than the CPU's."""
 
-WriteFormat = Literal["parquet", "png"]
+WriteFormat = Literal["parquet", "png", "probability"]
 
 
 class PredictOptions(Frozen):
@@ -335,9 +335,14 @@ class PredictOptions(Frozen):
     level: Level | None = Field(None, description="use this level's head; default: the model's deepest")
     mode: Literal["fast", "accurate"] = Field("fast", description="one head, or the mean probability of all heads")
     flips: bool = Field(False, description="accurate mode over the four mirror images, at four times its cost")
-    write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
+    write: tuple[WriteFormat, ...] = Field(
+        ("parquet", "png"),
+        description="parquet, the table; png, masks as files, too; probability, of the foreground, 8 bits, wherever "
+        "masks go",
+    )
     include: tuple[str, ...] = Field(
-        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
+        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.svs", "*.bmp", "*.webp"),
+        description="globs on the key, case-insensitive",
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
@@ -353,6 +358,10 @@ class PredictOptions(Frozen):
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
+    bands: Bands | None = Field(
+        None, description="channels of the files to read, from 0, such as 3,2,1; default: those that the model names"
+    )
+    pages: Pages = Field("first", description="of a file with several pages or frames: its first, or a decode row")
     decode_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0, description="CPU time that decoding one image may take; longer ones become timeout rows"
     )
@@ -476,6 +485,7 @@ class RetryConfig(Frozen):
     num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: one a GPU or core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of an engine")
     max_pixels: Annotated[int, Field(ge=1)] | None = Field(None, description="another limit than the run had")
+    pages: Pages | None = Field(None, description="another policy than the run had")
     partial_ok: bool = Field(False, description="exit 0 although some images failed")
     result: str | None = Field(None, description="also write the result as JSON to this URI, at every ending")
 
@@ -499,11 +509,12 @@ class StatusResult(Frozen):
     """How far a run is."""
 
     run: str
-    state: Literal["open", "sealed", "abandoned"]
+    state: Literal["open", "sealed", "abandoned", "compacted"]
     source_uri: str
     model_digest: str
     opened_at: datetime
     parent: str | None
+    compacted_into: str | None = Field(None, description="the run that holds this one's rows; parts count what is left")
     num_shards: int
     num_shards_done: int
     num_images: int
@@ -581,9 +592,36 @@ class GcResult(Frozen):
     """What is, or was, garbage."""
 
     output_uri: str
-    objects: dict[str, int] = Field(description="number by kind: png, note, manifest, leftover")
+    objects: dict[str, int] = Field(description="number by kind: part, png, note, manifest, leftover")
     size_bytes: int
     deleted: bool
+
+
+class CompactConfig(Frozen):
+    """Copy the newest rows of finished runs from many small parts into few large ones; gc removes the small ones."""
+
+    output: OutputUri
+    part_mb: Annotated[int, Field(ge=1)] = Field(128, description="size of a part, MiB, that is aimed at")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class Compaction(Frozen):
+    """One run that copied others."""
+
+    run: str
+    model_digest: str
+    source_uri: str
+    compacted: tuple[str, ...] = Field(description="runs whose parts no reader needs any more")
+    num_rows: int
+    num_parts_before: int
+    num_parts: int
+
+
+class CompactResult(Frozen):
+    """What was compacted; nothing where no part would be saved."""
+
+    output_uri: str
+    compactions: tuple[Compaction, ...]
 
 
 class ForgetConfig(Frozen):
@@ -642,6 +680,7 @@ class InspectConfig(Frozen):
     )
     ignore_index: Literal[255] | None = Field(None, description="value of masks that says a pixel is not labelled")
     value_range: ValueRange = ValueRange()
+    bands: Bands | None = Field(None, description=BANDS)
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 

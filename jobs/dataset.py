@@ -112,6 +112,7 @@ class MappedImages(Sequence[LabelledImage]):
                 "set": fingerprint,
                 "samples": [sample.model_dump(mode="json", exclude={"split", "groups"}) for sample in samples],
                 "in_channels": model.in_channels,
+                "bands": model.bands,
                 "num_classes": model.num_classes,
                 "ignore": model.ignore_index,
             }
@@ -174,7 +175,7 @@ def _decode(sample: Sample, read: Callable[[], Encoded], model: ModelConfig) -> 
     uri = sample.image_uri
     try:
         encoded = read()
-        image_HWC = to_channels(encoded.image_HWC(), model.in_channels)
+        image_HWC = to_channels(encoded.image_HWC(model.bands), model.in_channels)
         uri = sample.mask_uri
         target_HW = encoded.mask_HW(model.num_classes, model.ignore_index)
     except ImageError as error:

@@ -24,6 +24,7 @@ def run(config: ExplainConfig) -> ExplainResult:
             )
             rows += [_attempt(row, part) for row in chosen.to_pylist()]
     first = found[0] if found else {}
+    was_committed = bool(found) and runs.state_of(run_uri) == "compacted"  # then another run holds its rows
     return ExplainResult(
         run=record.run,
         key=config.key,
@@ -31,7 +32,7 @@ def run(config: ExplainConfig) -> ExplainResult:
         shard=first.get("shard"),
         etag=first.get("etag"),
         size_bytes=first.get("size_bytes"),
-        is_committed=any(row.run == record.run for row in rows),
+        is_committed=was_committed or any(row.run == record.run for row in rows),
         rows=tuple(rows),
     )
 

@@ -7,6 +7,7 @@ delete.
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,45 +15,61 @@ import pyarrow.compute as pc
 from jobs import manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
-from jobs.runs import Archive, list_runs, read_record
+from jobs.runs import Archive, State, list_runs, read_record
 from jobs.sink import Footer
 from jobs.table import Part
 from unetpp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORGOTTEN: dict[str, Any] = dict.fromkeys(("mask_png", "mask_uri", "class_pixels", "uncertainty"))
+FORGOTTEN: dict[str, Any] = dict.fromkeys(
+    ("mask_png", "mask_uri", "class_pixels", "uncertainty", "probability_png", "geo")
+)
 FORGOTTEN |= {"error_code": "forgotten", "error": "removed on request"}
 
 
 def run(config: ForgetConfig) -> ForgetResult:
     """Forget an image in the runs of every model. ConfigError where no run has it, or an open one has it to do."""
     output = storage.canonical(config.output)
-    runs = list_runs(output)
-    records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
-    for name, record in records.items():
-        run_uri = storage.join(output, "runs", name)
-        if runs[name] == "open":
-            listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256, ["key"])
-            if pc.any(pc.equal(listed["key"], config.key)).as_py():
-                raise ConfigError(
-                    f"run {name} is not finished and has {config.key!r} to do: finish it first, then forget"
-                )
-    num_rows, changed = 0, set()
-    for name, record in records.items():
-        for part in table.list_parts(output, record.model_digest, name):
-            if found := _forget_in(part, config.key, output):
-                num_rows += found
-                changed.add(name)
+    num_rows: dict[Part, int] = {}
+    while True:
+        runs = list_runs(output)
+        num_rows |= _forget_in_runs(output, config.key, runs)
+        if list_runs(output).keys() <= runs.keys():
+            break  # else a run was opened meanwhile, and may copy what was there before
     if not num_rows:
         raise ConfigError(
             f"no run of {output} has an image {config.key!r}; keys are paths below the input, as `key` says"
         )
-    for name in sorted(changed):
+    return ForgetResult(
+        key=config.key, num_rows=sum(num_rows.values()), runs=tuple(sorted({part.run for part in num_rows}))
+    )
+
+
+def _forget_in_runs(output: str, key: str, runs: Mapping[str, State]) -> dict[Part, int]:
+    """Forget an image in these runs; the number of its rows by part."""
+    records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
+    for name, record in records.items():
+        run_uri = storage.join(output, "runs", name)
+        if runs[name] not in ("open", "compacted"):
+            continue
+        listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256, ["key"])
+        if not pc.any(pc.equal(listed["key"], key)).as_py():
+            continue
+        if runs[name] == "open":
+            raise ConfigError(f"run {name} is not finished and has {key!r} to do: finish it first, then forget")
+        # The report may show the image, and cannot be made anew: the parts that it was made of may be gone.
+        storage.delete(storage.join(run_uri, "report.html"))
+    num_rows: dict[Part, int] = {}
+    for name, record in records.items():
+        for part in table.list_parts(output, record.model_digest, name):
+            if found := _forget_in(part, key, output):
+                num_rows[part] = found
+    for name in sorted({part.run for part in num_rows}):
         if runs[name] == "sealed":  # its report may show the image, its counts changed
             archive = Archive.of(storage.join(output, "runs", name), records[name])
             write_up(archive, records[name], _seconds(archive, name))
-    return ForgetResult(key=config.key, num_rows=num_rows, runs=tuple(sorted(changed)))
+    return num_rows
 
 
 def _forget_in(part: Part, key: str, output: str) -> int:
@@ -64,6 +81,7 @@ def _forget_in(part: Part, key: str, output: str) -> int:
     (footer,) = table.read_footers([part])
     place = storage.plain(output)  # as rows name it, who know of no profile
     pngs = [output + row["mask_uri"].removeprefix(place) for row in mine if row["mask_uri"] is not None]
+    pngs += [sink.probability_uri(uri) for uri in pngs]
     for row in mine:
         row.update(FORGOTTEN)
     storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))

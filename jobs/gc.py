@@ -1,7 +1,8 @@
 """Remove what no reader needs: `unetpp gc OUTPUT`. Lists it only, unless told to delete.
 
-Nothing that a row, an open run or a resumption needs is ever removed: PNGs that no row of their finished run names,
-notes of finished runs, manifests that no run was opened with, leftovers of killed writers.
+Nothing that a row, an open run or a resumption needs is ever removed: PNGs of finished runs that no row names, parts
+whose rows another run holds (`unetpp compact`), notes of finished runs, manifests that no run was opened with,
+leftovers of killed writers.
 """
 
 import hashlib
@@ -12,13 +13,16 @@ import numpy as np
 
 from jobs import sink, storage, table
 from jobs.contract import GcConfig, GcResult
-from jobs.runs import HINTS, RunRecord, list_runs, read_record
+from jobs.runs import COMPACTED, HINTS, RunRecord, compacted_into, list_runs, read_record
 from jobs.storage import SCRATCH, StoredObject
 
 logger = logging.getLogger(__name__)
 
 Garbage = Iterator[tuple[str, str, int]]
 """(kind, URI, bytes) of each object."""
+
+Names = bytearray
+"""16-byte digests of paths below a run's folder of PNGs, one after the other."""
 
 
 def run(config: GcConfig) -> GcResult:
@@ -43,11 +47,20 @@ def run(config: GcConfig) -> GcResult:
 
 def _garbage(output: str, min_age_s: float) -> Garbage:
     states = list_runs(output)
+    copies: dict[str, dict[str, Names]] = {}
     for run, state in states.items():
         run_uri = storage.join(output, "runs", run)
         record = read_record(run_uri)
         if state != "open":
-            yield from _orphans(output, record)
+            named = _names(output, record.model_digest, run).get(run, Names())
+            if state == "compacted":
+                by = compacted_into(run_uri)
+                if by not in copies:
+                    copies[by] = _names(output, record.model_digest, by)
+                named += copies[by].get(run, Names())
+                if _is_old(storage.join(run_uri, COMPACTED), output, min_age_s):
+                    yield from _superseded(output, record, by)
+            yield from _orphans(output, record, named)
         for found in storage.list_objects(run_uri):
             is_note = found.key.startswith(f"{HINTS}/") and state != "open"
             is_spare = found.key.startswith("manifest-") and found.key != record.manifest
@@ -64,17 +77,20 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
             yield "leftover", uri, found.size_bytes
 
 
-def _orphans(output: str, record: RunRecord) -> Garbage:
-    """PNGs of a finished run that none of its rows names: its shards were abandoned, or an image forgotten."""
+def _superseded(output: str, record: RunRecord, by: str) -> Garbage:
+    """The parts of a compacted run, if the run that holds its rows is there to the last part."""
+    holder = read_record(storage.join(output, "runs", by))
+    if len(table.list_parts(output, record.model_digest, by)) < holder.num_shards:
+        logger.warning("run %s lacks parts: those of %s, which it was made of, are kept", by, record.run)
+        return
+    for part in table.list_parts(output, record.model_digest, record.run):
+        yield "part", part.uri, part.size_bytes
+
+
+def _orphans(output: str, record: RunRecord, named: Names) -> Garbage:
+    """PNGs of a finished run that no row names: its shards were abandoned, or an image forgotten or done again."""
     pngs = storage.join(output, "png", sink.model_folder(record.model_digest), f"run={record.run}")
-    parts = table.list_parts(output, record.model_digest, record.run)
-    named = [np.empty(0, "S16")]
-    for batch in table.scan(parts, ["mask_uri", "key", "window_y", "window_x", "num_windows"]):
-        rows = [row for row in batch.to_pylist() if row["mask_uri"] is not None]
-        windows = [(row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None for row in rows]
-        keys = [sink.png_key(row["key"], window) for row, window in zip(rows, windows, strict=True)]
-        named.append(np.array([_digest(key) for key in keys], "S16"))
-    known = np.unique(np.concatenate(named))
+    known = np.unique(np.frombuffer(bytes(named), "S16"))
 
     def is_orphan(found: StoredObject) -> bool:
         at = np.searchsorted(known, np.bytes_(_digest(found.key)))
@@ -83,6 +99,21 @@ def _orphans(output: str, record: RunRecord) -> Garbage:
     for found in storage.list_objects(pngs, missing_ok=True):
         if is_orphan(found):
             yield "png", storage.join(pngs, found.key), found.size_bytes
+
+
+def _names(output: str, digest: str, run: str) -> dict[str, Names]:
+    """What the rows of a run name: PNGs of its own folder, or, where it copied them, of other runs'."""
+    named: dict[str, Names] = {}
+    parts = table.list_parts(output, digest, run)
+    for batch in table.scan(parts, ["mask_uri", "key", "window_y", "window_x", "num_windows"]):
+        for row in batch.to_pylist():
+            if row["mask_uri"] is None:
+                continue
+            window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
+            key = sink.png_key(row["key"], window)
+            folder = row["mask_uri"].removesuffix(f"/{key}").rpartition("/run=")[2]
+            named.setdefault(folder, Names()).extend(_digest(key) + _digest(sink.probability_uri(key)))
+    return named
 
 
 def _digest(key: str) -> bytes:

@@ -26,17 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.contract import WALL_FACTOR
-from unetpp.config import Level
+from unetpp.config import Bands, Level, Pages
 from unetpp.engines import Mode
 from unetpp.errors import ImageError, ImageErrorCode
+from unetpp.images import Decoded
 from unetpp.predictor import Image, Prediction
 
-DECODER = "unetpp.images:decode_image"
-"""module:function that decodes in the child: (bytes, max_pixels) -> image_HWC."""
+DECODER = "unetpp.images:read_image"
+"""module:function that decodes in the child: (bytes, max_pixels, pages, bands) -> Decoded."""
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 PREDICT_SECONDS = 600.0
-MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 16, 64 << 20
+MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
 
 
 class Limits(NamedTuple):
@@ -160,17 +161,23 @@ class Child:
 class DecodePool:
     """Decodes untrusted bytes in at most `size` child processes; for any number of threads."""
 
-    def __init__(self, size: int, *, max_pixels: int, limits: Limits) -> None:
-        self._header = {"max_pixels": max_pixels}
+    def __init__(
+        self, size: int, *, max_pixels: int, limits: Limits, pages: Pages = "first", bands: Bands | None = None
+    ) -> None:
+        """`max_pixels`, `pages` and `bands` as `unetpp.images.read_image` takes them."""
+        self._header = {"max_pixels": max_pixels, "pages": pages, "bands": bands}
         self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the last used is warm
         for _ in range(size):
             self._idle.put(Child({"kind": "decode", "decoder": DECODER}, limits))
 
-    def decode(self, content: bytes) -> NDArray[np.generic]:
-        """image_HWC as `unetpp.images.decode_image`, and its ImageErrors; also `crash` and `timeout`."""
+    def decode(self, content: bytes) -> Decoded:
+        """As `unetpp.images.read_image`, with its ImageErrors; also `crash` and `timeout`."""
         child = self._idle.get()
         try:
-            return child.ask(self._header, content)[1]
+            answer, image_HWC = child.ask(self._header, content)
+            if image_HWC.ndim != 3 or not isinstance(geo := answer.get("geo"), str | None):
+                raise ImageError("crash", f"the process that worked on it answered nonsense: {str(answer)[:200]}")
+            return Decoded(image_HWC, geo)
         finally:
             self._idle.put(child)
 
@@ -200,9 +207,10 @@ class GuardedPredictor:
         seconds: float = PREDICT_SECONDS,
         *,
         flips: bool = False,
+        probability: bool = False,
     ) -> None:
         work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
-        work["flips"] = flips
+        work |= {"flips": flips, "probability": probability}
         self.batch_images = 1
         self._child = Child(work, Limits(seconds))
 
@@ -212,9 +220,10 @@ class GuardedPredictor:
 
     def _one(self, image: Image) -> Prediction:
         header = {"shape": image.shape, "dtype": str(image.dtype)}
-        answer, mask_HW = self._child.ask(header, np.ascontiguousarray(image).tobytes())
+        answer, pixels = self._child.ask(header, np.ascontiguousarray(image).tobytes())
+        planes_nHW = pixels.astype(np.uint8, copy=False)
         uncertainty, finite, degraded = answer["said"]
-        return Prediction(mask_HW.astype(np.uint8, copy=False), uncertainty, finite, degraded)
+        return Prediction(planes_nHW[0], uncertainty, finite, degraded, planes_nHW[1] if len(planes_nHW) > 1 else None)
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,28 +22,31 @@ Work = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], NDArray[np.generi
 
 
 def decoding(decoder: str) -> Work:
-    """Work that decodes: header {max_pixels}, content an image file, pixels image_HWC."""
+    """Work that decodes: header {max_pixels, pages, bands}, content an image file, answer {geo}, pixels image_HWC."""
     module, _, name = decoder.partition(":")
     decode = getattr(importlib.import_module(module), name)
-    return lambda header, content: ({}, decode(content, max_pixels=header["max_pixels"]))
+
+    def work(header: dict[str, Any], content: bytes) -> tuple[dict[str, Any], NDArray[np.generic]]:
+        image_HWC, geo = decode(content, **header)
+        return {"geo": geo}, image_HWC
+
+    return work
 
 
-def predicting(model_dir: str, mode: Literal["fast", "accurate"], level: int, tile_px: int, flips: bool) -> Work:
-    """Work that predicts: header {shape, dtype}, content the pixels of image_HWC, pixels mask_HW."""
+def predicting(model_dir: str, **how: Any) -> Work:
+    """Work that predicts: header {shape, dtype}, content the pixels of image_HWC, pixels mask and probability, if any.
+
+    `how` as `Predictor.from_pretrained` takes it.
+    """
     from unetpp.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(
-        model_dir,
-        mode=mode,
-        level=level,
-        tile_px=tile_px,
-        flips=flips,
-    )
+    predictor = Predictor.from_pretrained(model_dir, **how)
 
     def predict(header: dict[str, Any], content: bytes) -> tuple[dict[str, Any], NDArray[np.generic]]:
         image_HWC = np.frombuffer(content, header["dtype"]).reshape(header["shape"])
         prediction = predictor.predict([image_HWC])[0]
-        return {"said": [prediction.uncertainty, prediction.finite, prediction.degraded]}, prediction.mask_HW
+        planes = [each for each in (prediction.mask_HW, prediction.probability_HW) if each is not None]
+        return {"said": [prediction.uncertainty, prediction.finite, prediction.degraded]}, np.stack(planes)
 
     return predict
 

@@ -15,13 +15,13 @@ import time
 import uuid
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
 from jobs import storage
-from jobs.runs import HINTS, Archive, RunRecord, state_of
+from jobs.runs import HINTS, Archive, RunRecord, State, state_of
 from unetpp.errors import UnetppError
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def take(archive: Archive, record: RunRecord, ttl_s: float) -> Lease | None:
     return Lease(uri_of, number + 1, ours)
 
 
-def follow(archive: Archive, record: RunRecord) -> Literal["open", "sealed", "abandoned"]:
+def follow(archive: Archive, record: RunRecord) -> State:
     """Wait while somebody else works on the run; say how it stands then: `open` when that one is gone."""
     said = -1
     while True:

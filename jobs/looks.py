@@ -73,7 +73,7 @@ def _look(look: Look, read: Callable[[], Encoded], config: InspectConfig) -> Non
         look.faults["undecodable_image"] = error.detail
         return
     try:
-        _look_at_image(look, encoded.image_HWC(), config)
+        _look_at_image(look, encoded.image_HWC(config.bands), config)
     except ImageError as error:
         look.faults["undecodable_image"] = error.detail
     look.faults |= dict(_mask_faults(look, encoded, config))

@@ -3,7 +3,7 @@
 from jobs import storage, table
 from jobs.contract import PredictResult, RebuildConfig
 from jobs.finish import write_up
-from jobs.runs import Archive, pending_shards, read_record, state_of
+from jobs.runs import Archive, compacted_into, pending_shards, read_record, state_of
 from unetpp.errors import ConfigError
 
 
@@ -12,7 +12,9 @@ def run(config: RebuildConfig) -> PredictResult:
     run_uri = storage.canonical(config.run)
     record = read_record(run_uri)
     archive = Archive.of(run_uri, record)
-    if state_of(run_uri) == "abandoned":
+    if (state := state_of(run_uri)) == "compacted":
+        raise ConfigError(f"run {record.run} was compacted: {compacted_into(run_uri)} holds its rows; rebuild that one")
+    if state == "abandoned":
         raise ConfigError(f"run {record.run} was abandoned: it has no result, and what it committed is in the table")
     if pending := pending_shards(archive, record):
         raise ConfigError(

@@ -19,6 +19,7 @@ from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
 from jobs.table import Part
 from unetpp.checkpoint import LevelScore, read_pretrained
+from unetpp.config import Bands
 from unetpp.errors import ImageError, UnetppError
 from unetpp.images import decode_image, decode_mask
 
@@ -143,6 +144,7 @@ def _failures(rows: pa.Table) -> list[Failures]:
 
 def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]) -> list[Overlay]:
     """Overlays of the rows numbered `chosen` over all parts; images that cannot be read any more are left out."""
+    bands = _bands(archive)
     ends = list(accumulate(footer.num_predicted + footer.num_failed for footer in footers))
     shown = []
     for number in chosen:
@@ -152,7 +154,8 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
         row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
         try:
             content = storage.read_bytes(storage.join(archive.source_uri, row["key"]), row["etag"])
-            picture = overlays.thumbnail(decode_image(content, max_pixels=archive.config.max_pixels))
+            image_HWC = decode_image(content, max_pixels=archive.config.max_pixels, bands=bands)
+            picture = overlays.thumbnail(image_HWC)
         except ImageError as error:
             logger.info("the report leaves %s out: %s", row["key"], error.detail)
             continue
@@ -169,6 +172,16 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
             )
         )
     return shown
+
+
+def _bands(archive: Archive) -> Bands | None:
+    """The channels that were read of every file; those of the model where its folder is still there."""
+    if archive.config.bands is not None:
+        return archive.config.bands
+    try:
+        return read_pretrained(models.fetch_model(archive.config.model)).model.bands
+    except UnetppError:
+        return None
 
 
 def _throughput(footers: Sequence[Footer], first: float, last: float) -> Plot:

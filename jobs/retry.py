@@ -6,13 +6,19 @@ rewritten, and `read_masks` shows the newest row of every image.
 
 from jobs import predict, storage
 from jobs.contract import PredictConfig, PredictResult, RetryConfig
-from jobs.runs import read_record
+from jobs.runs import compacted_into, read_record, state_of
+from unetpp.errors import ConfigError
 
 
 def run(config: RetryConfig) -> PredictResult:
     """Retry with the run's own settings. ConfigError where there is no such run, or another one is unfinished."""
-    record = read_record(storage.canonical(config.run))
-    said = {name: getattr(config, name) for name in ("model", "max_pixels") if getattr(config, name) is not None}
+    run_uri = storage.canonical(config.run)
+    record = read_record(run_uri)
+    if state_of(run_uri) == "compacted":
+        raise ConfigError(f"run {record.run} was compacted: {compacted_into(run_uri)} holds its rows; retry that one")
+    said = {
+        name: getattr(config, name) for name in ("model", "max_pixels", "pages") if getattr(config, name) is not None
+    }
     how = config.model_dump(include={"backend", "num_workers", "threads", "partial_ok", "result"})
     settings = PredictConfig.model_validate(record.config | how | said)
     return predict.run(settings, parent=record.run, only=config.only)

@@ -2,7 +2,7 @@
 
 ```
 <output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  hints/
-                         result.json  report.html  _SUCCESS.json | _ABANDONED.json
+                         result.json  report.html  _SUCCESS.json | _ABANDONED.json  _COMPACTED.json
 ```
 `run.json`, put if absent, opens a run; the parts in the table are its progress; all else can be rebuilt from these.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
@@ -25,7 +25,10 @@ from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 
-SUCCESS, ABANDONED, HINTS = "_SUCCESS.json", "_ABANDONED.json", "hints"
+SUCCESS, ABANDONED, COMPACTED, HINTS = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json", "hints"
+
+State = Literal["open", "sealed", "abandoned", "compacted"]
+"""Of a run. compacted: another run holds the newest of its rows, and its parts may be removed (`jobs.compact`)."""
 
 
 class RunRecord(BaseModel):
@@ -46,6 +49,8 @@ class RunRecord(BaseModel):
     num_unchanged: int
     opened_at: datetime
     parent: str | None = None
+    compacts: tuple[str, ...] = ()
+    """Of a run of `unetpp compact`: the runs whose rows it copies."""
     config: dict[str, Any]
 
 
@@ -122,7 +127,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
     while True:
         found = list_runs(archive.output_uri)
         # The number is fixed before the table is read: whoever opens a run meanwhile takes it, and we begin again.
-        run = f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
+        run = next_run(found)
         with storage.io_threads() as threads:
             records = list(threads.map(lambda name: _read_record(archive, name), sorted(found)))
         unfinished = [
@@ -130,7 +135,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             for record in records
             if record.model_digest == archive.model_digest
             and storage.plain(record.source_uri) == storage.plain(archive.source_uri)
-            and found[record.run] != "sealed"
+            and found[record.run] not in ("sealed", "compacted")
         ]
         for record in unfinished:
             if found[record.run] != "open":
@@ -201,11 +206,14 @@ def output_of(run_uri: str) -> str:
     return run_uri.removesuffix("/").rpartition("/runs/")[0]
 
 
-def state_of(run_uri: str) -> Literal["open", "sealed", "abandoned"]:
+def next_run(found: Iterable[str]) -> str:
+    """The name of the run after those that there are."""
+    return f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
+
+
+def state_of(run_uri: str) -> State:
     """How a run stands."""
-    if storage.exists(storage.join(run_uri, SUCCESS)):
-        return "sealed"
-    return "abandoned" if storage.exists(storage.join(run_uri, ABANDONED)) else "open"
+    return _state([name for name in (COMPACTED, SUCCESS, ABANDONED) if storage.exists(storage.join(run_uri, name))])
 
 
 def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
@@ -233,16 +241,24 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
             "result": None,
         },
     )
+    return record if put_run(archive, record, content) else None
+
+
+def put_run(archive: Archive, record: RunRecord, content: bytes) -> bool:
+    """Put a run's manifest and run.json. False where somebody else opened a run of this number.
+
+    StorageError where the store takes two writes of one name.
+    """
     if not archive.config.single_writer and not storage.refuses_overwrites(archive.output_uri):
         raise StorageError(
             f"{archive.output_uri} overwrites what it was told to keep: the store ignores If-None-Match, and two "
             "writers could spoil each other's work. Use another store, or set single_writer and start one run at a time"
         )
-    storage.put_if_absent(archive.run_uri(run, record.manifest), content, root=archive.output_uri)
-    uri = archive.run_uri(run, "run.json")
+    storage.put_if_absent(archive.run_uri(record.run, record.manifest), content, root=archive.output_uri)
+    uri = archive.run_uri(record.run, "run.json")
     is_ours = storage.put_if_absent(uri, record.model_dump_json(indent=2).encode(), root=archive.output_uri)
     # A refused write may be our own, if its first answer was lost: the manifest's name tells.
-    return record if is_ours or _read_record(archive, run).manifest == record.manifest else None
+    return is_ours or _read_record(archive, record.run).manifest == record.manifest
 
 
 def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
@@ -287,18 +303,37 @@ def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
         list(threads.map(put, pending))
 
 
-def list_runs(output: str) -> dict[str, Literal["open", "sealed", "abandoned"]]:
+def list_runs(output: str) -> dict[str, State]:
     """Every run of an output, and how it stands. A folder without run.json is no run."""
     files: dict[str, set[str]] = {}
     for found in storage.list_objects(storage.join(output, "runs"), missing_ok=True):
         run, _, name = found.key.partition("/")
         if run[:1] == "r" and run[1:].isdecimal():
             files.setdefault(run, set()).add(name)
-    return {
-        run: "sealed" if SUCCESS in names else "abandoned" if ABANDONED in names else "open"
-        for run, names in files.items()
-        if "run.json" in names
-    }
+    return {run: _state(names) for run, names in files.items() if "run.json" in names}
+
+
+def _state(names: Collection[str]) -> State:
+    if COMPACTED in names:
+        return "compacted"
+    if SUCCESS in names:
+        return "sealed"
+    return "abandoned" if ABANDONED in names else "open"
+
+
+def compacted_into(run_uri: str) -> str:
+    """The run that holds the rows of a compacted run now. StorageError where its marker is damaged."""
+    found = _read_marker(run_uri)
+    following = storage.join(output_of(run_uri), "runs", found)
+    return compacted_into(following) if state_of(following) == "compacted" else found
+
+
+def _read_marker(run_uri: str) -> str:
+    uri = storage.join(run_uri, COMPACTED)
+    try:
+        return str(storage.read_json(uri)["by"])
+    except (FileNotFoundError, KeyError, TypeError):
+        raise StorageError(f"{uri} is damaged; `unetpp compact` makes it anew when it is removed") from None
 
 
 def _read_record(archive: Archive, run: str) -> RunRecord:

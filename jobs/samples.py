@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from jobs import coco, coco_shapes, labelled_folder, labelled_parquet, storage
 from jobs.labelled import Listed, Listing, Sample
+from unetpp.config import Bands
 from unetpp.errors import ImageError
 from unetpp.images import decode_image, decode_mask
 
@@ -20,9 +21,9 @@ class Encoded(NamedTuple):
     image: bytes
     mask: bytes | None
 
-    def image_HWC(self) -> NDArray[np.generic]:
-        """The decoded image. ImageError where it is none."""
-        return decode_image(self.image)
+    def image_HWC(self, bands: Bands | None = None) -> NDArray[np.generic]:
+        """The decoded image, or its channels `bands`. ImageError where it is none, or lacks them."""
+        return decode_image(self.image, bands=bands)
 
     def mask_HW(self, num_classes: int, ignore: int | None) -> NDArray[np.uint8]:
         """The mask's class ids. ImageError where it is none, or holds a class that is not below `num_classes`."""

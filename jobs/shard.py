@@ -27,8 +27,9 @@ from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
+from unetpp.config import Bands
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
-from unetpp.images import decode_mask, encode_mask
+from unetpp.images import decode_mask, encode_image, encode_mask
 from unetpp.predictor import Image, Prediction, Predictor
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Item(NamedTuple):
     image_HWC: Image | None
     error: ImageError | None
     seconds: float
+    geo: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -80,6 +82,7 @@ class Outcome(NamedTuple):
     prediction: Prediction | None
     error: ImageError | None
     seconds: float
+    geo: str | None = None
 
 
 def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Iterator[Item]:
@@ -98,10 +101,11 @@ def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: 
             continue
         started = time.perf_counter()
         try:
-            image_HWC, error = decoders.decode(content), None
+            image_HWC, geo = decoders.decode(content)
         except ImageError as refused:
-            image_HWC, error = None, refused
-        yield Item(row, image_HWC, error, time.perf_counter() - started)
+            yield Item(row, None, refused, time.perf_counter() - started)
+            continue
+        yield Item(row, image_HWC, None, time.perf_counter() - started, geo)
 
 
 def predict_shard(predictor: Predictor | GuardedPredictor, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -132,14 +136,14 @@ def _predict(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iter
     seconds = (time.perf_counter() - started) / max(1, len(images))
     for item in batch:
         if item.image_HWC is None or failure is not None:
-            yield Outcome(item.row, None, item.error or failure, item.seconds)
+            yield Outcome(item.row, None, item.error or failure, item.seconds, item.geo)
             continue
         prediction = next(predictions)
         if prediction.finite:
-            yield Outcome(item.row, prediction, None, item.seconds + seconds)
+            yield Outcome(item.row, prediction, None, item.seconds + seconds, item.geo)
         else:
             numeric = ImageError("numeric", "the network gave NaN or infinity for this image")
-            yield Outcome(item.row, None, numeric, item.seconds + seconds)
+            yield Outcome(item.row, None, numeric, item.seconds + seconds, item.geo)
 
 
 def write_shard(
@@ -149,10 +153,10 @@ def write_shard(
     started = time.perf_counter()
     with_png = "png" in task.config.write
 
-    def put_png(row: dict[str, Any]) -> dict[str, Any]:
-        return _put_png(task, row, predictor.num_classes) if with_png and row["error_code"] is None else row
+    def put_pngs(row: dict[str, Any]) -> dict[str, Any]:
+        return _put_pngs(task, row, predictor.num_classes) if with_png and row["error_code"] is None else row
 
-    written = [threads.submit(put_png, _row(task, predictor, outcome)) for outcome in outcomes]
+    written = [threads.submit(put_pngs, _row(task, predictor, outcome)) for outcome in outcomes]
     rows = [future.result() for future in written]
     return sink.commit(
         task.part_uri(shard.number),
@@ -168,7 +172,7 @@ def write_shard(
 def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     """The table's row of one image, not yet with a mask_uri."""
     started = time.perf_counter()
-    row, prediction, error, seconds = outcome
+    row, prediction, error, seconds, geo = outcome
     columns: dict[str, Any] = dict.fromkeys(sink.SCHEMA.names)
     columns |= {
         "key": row.key,
@@ -181,6 +185,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "level": predictor.level,
         "model_digest": predictor.digest,
         "attempts": row.attempts + 1,
+        "geo": geo,
         "schema_version": sink.SCHEMA_VERSION,
     }
     if prediction is None:
@@ -194,6 +199,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "height": height,
         "width": width,
         "mask_png": encode_mask(mask_HW, predictor.num_classes),
+        "probability_png": None if (found := prediction.probability_HW) is None else encode_image(found),
         "class_pixels": _class_pixels(mask_HW, predictor.num_classes),
         "uncertainty": prediction.uncertainty,
         "degraded": prediction.degraded,
@@ -201,13 +207,16 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _put_png(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """Put the mask as an object of its own. Where one is, its bytes go into the row: row and PNG always agree."""
+def _put_pngs(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Put mask and probability as objects of their own.
+
+    Where one is, its bytes go into the row: row and PNG always agree.
+    """
     uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"])
     row = row | {"mask_uri": storage.plain(uri)}
-    if storage.put_if_absent(uri, row["mask_png"], root=task.output_uri):
-        return row
-    there = storage.read_bytes(uri)
+    if (png := row["probability_png"]) is not None:
+        row["probability_png"] = _put_png(sink.probability_uri(uri), png, task)
+    there = _put_png(uri, row["mask_png"], task)
     if there == row["mask_png"]:
         return row
     try:
@@ -215,6 +224,11 @@ def _put_png(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any
     except ImageError as error:
         raise StorageError(f"{uri} is not the mask that a run put there ({error.detail}); remove it") from None
     return row | {"mask_png": there, "class_pixels": _class_pixels(mask_HW, num_classes)}
+
+
+def _put_png(uri: str, content: bytes, task: Task) -> bytes:
+    """Put an object, and return what is there."""
+    return content if storage.put_if_absent(uri, content, root=task.output_uri) else storage.read_bytes(uri)
 
 
 def _class_pixels(mask_HW: NDArray[np.uint8], num_classes: int) -> list[int]:
@@ -227,7 +241,6 @@ class Worker:
     def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
         self.task = task
         self._threads = storage.io_threads()
-        self._decoders = new_decoders(task.config)
         if predictor is not None:
             self.predictor = predictor
 
@@ -241,6 +254,10 @@ class Worker:
                 f"{self.task.model_digest[:10]}: put that model back, or start again to open a new run"
             )
         return predictor
+
+    @cached_property
+    def _decoders(self) -> DecodePool:
+        return new_decoders(self.task.config, self.predictor.config.bands)
 
     def __call__(self, shard: Shard) -> Footer | None:
         """Do one shard; nothing but a look where it is committed already. None where the call is to end.
@@ -298,6 +315,7 @@ class Worker:
             config.tile_px,
             seconds or PREDICT_SECONDS,
             flips=config.flips,
+            probability="probability" in config.write,
         ) as predictor:
             yield predictor
 
@@ -308,13 +326,14 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
-        self._decoders.close()
+        if "_decoders" in self.__dict__:  # it was used
+            self._decoders.close()
 
 
-def new_decoders(config: PredictConfig) -> DecodePool:
-    """Decoders with the limits of a config; the caller closes them."""
+def new_decoders(config: PredictConfig, bands: Bands | None = None) -> DecodePool:
+    """Decoders with the limits of a config, of a model that reads `bands`; the caller closes them."""
     limits = Limits(config.decode_seconds, config.decode_memory_mb << 20)
-    return DecodePool(1, max_pixels=config.max_pixels, limits=limits)
+    return DecodePool(1, max_pixels=config.max_pixels, limits=limits, pages=config.pages, bands=bands)
 
 
 def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:
@@ -329,4 +348,6 @@ def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -
         tile_px=config.tile_px,
         device="cuda" if torch.cuda.is_available() else "cpu",
         flips=config.flips,
+        bands=config.bands,
+        probability="probability" in config.write,
     )

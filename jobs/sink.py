@@ -2,7 +2,7 @@
 
 ```
 <output>/table/model=m<digest10>/run=<run id>/part-00000.parquet     the part: putting it is the commit
-<output>/png/model=m<digest10>/run=<run id>/<escaped key>.png
+<output>/png/model=m<digest10>/run=<run id>/<escaped key>.png             and <escaped key>.probability.png
 <output>/runs/<run id>/...
 ```
 """
@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
         pa.field("level", pa.int8(), nullable=False),
         pa.field("mask_png", pa.binary()),
         pa.field("mask_uri", pa.string()),
+        pa.field("probability_png", pa.binary()),  # of the foreground: 0 .. 255
+        pa.field("geo", pa.string()),  # JSON of unetpp.geo, of the whole image
         pa.field("class_pixels", pa.list_(pa.int64())),  # pixels of class 0 (background), 1, ...
         pa.field("uncertainty", pa.float32()),
         pa.field("model_digest", pa.string(), nullable=False),
@@ -54,7 +56,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-COMPRESSION = {name: "none" if name == "mask_png" else "zstd" for name in SCHEMA.names}
+COMPRESSION = {name: "none" if name.endswith("_png") else "zstd" for name in SCHEMA.names}
 DICTIONARIES = ["source_uri", "model_digest", "degraded", "error_code"]
 
 _FOOTER_KEY = b"unetpp"
@@ -105,17 +107,23 @@ def png_uri(output: str, digest: str, run: str, key: str, window: tuple[int, int
     return storage.join(output, "png", model_folder(digest), f"run={run}", png_key(key, window))
 
 
+def probability_uri(mask_uri: str) -> str:
+    """Where the probability goes that belongs to a mask."""
+    return mask_uri.removesuffix(".png") + ".probability.png"
+
+
 def png_key(key: str, window: tuple[int, int] | None = None) -> str:
-    """A path for a mask that any store takes; no two (key, window) share one.
+    """A path for a mask that any store takes; no two (key, window) share one, nor is any the path of a probability.
 
     Other characters than letters, digits, `_`, `-` and `.` are percent-escaped byte by byte. `~` marks what was cut to
     length; it occurs nowhere else.
     """
     *folders, name = [_component(part) for part in key.split("/")]
-    # A folder never ends in .png, and a whole image's name never looks like a window's: no two things meet in one name.
+    # A folder never ends in .png, and a whole image's name never looks like a window's or a probability's: no two
+    # things meet in one name.
     folders = [re.sub(r"\.png$", "%2Epng", folder) for folder in folders]
     if window is None:
-        name = re.sub(r"\.(y\d+_x\d+)$", r"%2E\1", name)
+        name = re.sub(r"\.(y\d+_x\d+|probability)$", r"%2E\1", name)
     path = "/".join([*folders, name])
     if len(path) > _MAX_PATH:
         path = f"~{_hash(key)}/{name}"
@@ -142,18 +150,7 @@ def commit(
 
     ConfigError where the name holds other work than this.
     """
-    failures = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
-    footer = Footer(
-        run=run,
-        manifest_sha256=manifest_sha256,
-        shard=shard,
-        num_predicted=len(rows) - failures.total(),
-        num_failed=failures.total(),
-        failures=dict(sorted(failures.items())),
-        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
-        seconds=seconds,
-        committed_at=time.time(),
-    )
+    footer = footer_of(rows, run=run, manifest_sha256=manifest_sha256, shard=shard, seconds=seconds)
     if storage.put_if_absent(uri, encode_part(rows, footer), root=root):
         return footer
     there = read_footer(pq.read_metadata(io.BytesIO(storage.read_bytes(uri))), uri)
@@ -164,6 +161,22 @@ def commit(
             "use another output, or move the strange part away"
         )
     return there
+
+
+def footer_of(rows: Sequence[dict[str, Any]], *, run: str, manifest_sha256: str, shard: int, seconds: float) -> Footer:
+    """The footer of a part with these rows, committed now."""
+    failures = Counter(row["error_code"] for row in rows if row["error_code"] is not None)
+    return Footer(
+        run=run,
+        manifest_sha256=manifest_sha256,
+        shard=shard,
+        num_predicted=len(rows) - failures.total(),
+        num_failed=failures.total(),
+        failures=dict(sorted(failures.items())),
+        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
+        seconds=seconds,
+        committed_at=time.time(),
+    )
 
 
 def abandon(uri: str, *, run: str, manifest_sha256: str, shard: int, by: str, root: str) -> None:

@@ -31,6 +31,7 @@ def run(config: StatusConfig) -> StatusResult:
         model_digest=record.model_digest,
         opened_at=record.opened_at,
         parent=record.parent,
+        compacted_into=runs.compacted_into(run_uri) if state == "compacted" else None,
         num_shards=record.num_shards,
         num_shards_done=len(done),
         num_images=record.num_images,

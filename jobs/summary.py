@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.contract import (
+    CompactResult,
     EvaluateResult,
     ExplainResult,
     ForgetResult,
@@ -51,6 +52,12 @@ def show(result: BaseModel, console: Console) -> None:
             _show_status(result, console)
         case ExplainResult():
             _show_explain(result, console)
+        case CompactResult():
+            for each in result.compactions:
+                what = f"{each.num_parts_before} parts of {len(each.compacted)} runs became {each.num_parts}"
+                _line(console, each.run, f"{what}, {each.num_rows} rows; unetpp gc removes the old ones in a day")
+            if not result.compactions:
+                _line(console, "unchanged", f"no part would be saved in {result.output_uri}")
         case GcResult():
             found = ", ".join(f"{number} {kind}" for kind, number in result.objects.items()) or "nothing"
             size = f"{result.size_bytes / 1e6:.1f} MB of {result.output_uri}"
@@ -166,7 +173,8 @@ def _show_predict(result: PredictResult, console: Console) -> None:
 
 def _show_status(result: StatusResult, console: Console) -> None:
     num_done = result.num_predicted + result.num_failed
-    state = result.state if result.state != "open" else "working, or waiting for the same command to go on"
+    state: str = result.state if result.state != "open" else "working, or waiting for the same command to go on"
+    state += f" into {result.compacted_into}" if result.compacted_into else ""
     _line(console, result.run, state + (f", a retry of {result.parent}" if result.parent else ""))
     _line(console, "archive", result.source_uri)
     _line(

@@ -25,7 +25,7 @@ PARTS_AT_ONCE = 64
 Place = tuple[str, int, int]
 """Key, window_y, window_x."""
 
-_PLACE = ["source_uri", "key", "window_y", "window_x"]
+PLACE = ["source_uri", "key", "window_y", "window_x"]
 _IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
 
 
@@ -68,6 +68,12 @@ def read_footers(parts: Sequence[Part]) -> list[Footer]:
 
 def scan(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of `parts`, in their order, few parts in memory at a time."""
+    for _, rows in scan_parts(parts, columns):
+        yield from rows.to_batches()
+
+
+def scan_parts(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[tuple[Part, pa.Table]]:
+    """Each of `parts` with its rows, in their order, few parts in memory at a time."""
     schema = pa.schema([sink.SCHEMA.field(name) for name in columns])
 
     def read(part: Part) -> pa.Table:
@@ -79,8 +85,7 @@ def scan(parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBat
     while some := list(islice(remaining, PARTS_AT_ONCE)):
         # pyarrow's own dataset scanner reads ahead without a bound on memory.
         with storage.arrow(some[0].uri) as (filesystem, _), storage.io_threads() as threads:
-            for table in threads.map(read, some):
-                yield from table.to_batches()
+            yield from zip(some, threads.map(read, some), strict=True)
 
 
 def read_rows(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
@@ -97,15 +102,15 @@ def read_masks(output: str, model: str | None = None, columns: Sequence[str] | N
         model: the digest, whole or its first ten digits, of the model whose rows count; None: those of every model.
         columns: columns wanted, of `jobs.sink.SCHEMA`; default: all.
     """
-    by_run = _by_run(list_parts(storage.canonical(output), model))
+    by_run = parts_by_run(list_parts(storage.canonical(output), model))
     wanted = list(columns or sink.SCHEMA.names)
-    names = list(dict.fromkeys([*wanted, *_PLACE]))
+    names = list(dict.fromkeys([*wanted, *PLACE]))
     seen: set[bytes] = set()
     newest = [read_rows([], wanted).append_column("run", pa.array([], pa.string()))]
     for run in sorted(by_run, reverse=True):
         for batch in scan(by_run[run], names):
             fresh = []
-            for number, place in enumerate(batch.select(_PLACE).to_pylist()):
+            for number, place in enumerate(batch.select(PLACE).to_pylist()):
                 name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
                 if name not in seen:
                     seen.add(name)
@@ -125,7 +130,7 @@ def newest_view(output: str, model: str | None = None, name: str = "masks") -> s
     """
     folder = "*" if model is None else sink.model_folder(model)
     files = storage.join(storage.canonical(output), "table", folder, "*", "*.parquet")
-    place = ", ".join(_PLACE)
+    place = ", ".join(PLACE)
     return (
         f"create or replace view {name} as select * from read_parquet('{files.replace(chr(39), chr(39) * 2)}', "
         f"hive_partitioning = true) qualify row_number() over (partition by {place} order by run desc) = 1"
@@ -222,7 +227,7 @@ def done_before(
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
     """
-    by_run = _by_run(list_parts(output, digest))
+    by_run = parts_by_run(list_parts(output, digest))
     done = Done()
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
@@ -249,11 +254,11 @@ def still_failed(
         only: error codes that count; default: all.
         waiting: runs whose failures are not to be tried again now.
     """
-    by_run = _by_run(list_parts(output, digest))
+    by_run = parts_by_run(list_parts(output, digest))
     failed: dict[Place, int] = {}
     sources: set[str] = set()
     for number in sorted(name for name in by_run if name >= run):
-        for batch in scan(by_run[number], [*_PLACE, "error_code", "attempts"]):
+        for batch in scan(by_run[number], [*PLACE, "error_code", "attempts"]):
             for row in batch.to_pylist():
                 place = (row["key"], row["window_y"], row["window_x"])
                 if number == run:
@@ -273,7 +278,8 @@ def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:
     return code is None or code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting
 
 
-def _by_run(parts: Sequence[Part]) -> dict[str, list[Part]]:
+def parts_by_run(parts: Sequence[Part]) -> dict[str, list[Part]]:
+    """The parts of each run, in their order."""
     by_run: dict[str, list[Part]] = {}
     for part in parts:
         by_run.setdefault(part.run, []).append(part)

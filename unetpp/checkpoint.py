@@ -115,6 +115,8 @@ def digest(model: UNetPlusPlus, **decision: str) -> str:
     config["temperature"] = {level: degree for level, degree in config["temperature"].items() if degree != 1.0}
     if not config["temperature"]:
         del config["temperature"]
+    if config["bands"] is None:
+        del config["bands"]
     sha.update(json.dumps({"model": config, **decision}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

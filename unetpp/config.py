@@ -12,6 +12,14 @@ IGNORE = 255
 
 PixelType = Literal["uint8", "uint16", "float32"]
 
+Bands = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], Field(min_length=1)]
+"""Channels of an image file, counted from 0, in the order in which they are wanted: see `unetpp.images`."""
+
+BANDS = "channels of an image file that the network reads, from 0, such as 3,2,1; default: grey or RGB"
+
+Pages = Literal["first", "refuse"]
+"""What is done of a file with several pages or frames: the first is the image, or it is refused."""
+
 SynthKind = Literal["nuclei", "cells", "camera16"]
 """Kinds of synthetic sets: see `unetpp.synth`."""
 
@@ -46,6 +54,7 @@ class ModelConfig(Frozen):
 
     level: Level = Field(4, description="deepest level: nodes X^{i,j} with i + j <= level are built")
     in_channels: Annotated[int, Field(ge=1, le=64)] = Field(3, description="channels of an input image")
+    bands: Bands | None = Field(None, description=BANDS)
     num_classes: Annotated[int, Field(ge=1, le=255)] = Field(
         1, description="1: one foreground probability (sigmoid); 2 or more: one class per pixel (softmax)"
     )
@@ -77,9 +86,15 @@ class ModelConfig(Frozen):
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.in_channels):
                 raise ValueError(f"{name} must have 1 or {self.in_channels} values, got {len(getattr(self, name))}")
+        if self.bands is not None and not self.can_read(self.bands):
+            raise ValueError(f"bands names {len(self.bands)} channels, in_channels is {self.in_channels}")
         if strange := sorted(set(self.temperature) - set(self.head_levels)):
             raise ValueError(f"temperature names levels {strange}, the model has heads {list(self.head_levels)}")
         return self
+
+    def can_read(self, bands: Bands) -> bool:
+        """Whether images of these bands have the network's channels, or can be given them: see `images.to_channels`."""
+        return len(bands) == self.in_channels or {len(bands), self.in_channels} == {1, 3}
 
     @property
     def head_levels(self) -> tuple[int, ...]:

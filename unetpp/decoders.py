@@ -16,6 +16,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from unetpp.config import Bands, Pages
 from unetpp.errors import ImageError
 
 Array = npt.NDArray[Any]
@@ -88,9 +89,38 @@ def orientation(picture: Image.Image, data: bytes) -> int:
     return value if value in _TURNS else 1
 
 
-def decode_picture(data: bytes, max_pixels: int) -> Array:
-    """HWC pixels of any allowed format but TIFF, turned."""
+def choose(image_HWC: Array, bands: Bands | None) -> Array:
+    """The channels `bands`; with None the colours: 1 or 3 channels, without alpha."""
+    num_channels = image_HWC.shape[2]
+    if bands is None:
+        return image_HWC[..., :1] if num_channels <= 2 else image_HWC[..., :3]
+    check_bands(bands, num_channels)
+    return image_HWC[..., list(bands)]
+
+
+def check_bands(bands: Bands, num_channels: int) -> None:
+    """Raise ImageError where an image does not have a channel that is asked for."""
+    if max(bands) >= num_channels:
+        raise ImageError(
+            "decode",
+            f"the image has {num_channels} channel(s), 0 to {num_channels - 1}, and bands asks for {max(bands)}",
+        )
+
+
+def refuse_pages(num_pages: int) -> None:
+    """Raise ImageError where there are several pages and none but the first would be looked at."""
+    if num_pages > 1:
+        raise ImageError(
+            "decode",
+            f"the file has {num_pages} pages or frames, and `pages` refuses them: split it, or set pages to first",
+        )
+
+
+def decode_picture(data: bytes, max_pixels: int, pages: Pages = "first", bands: Bands | None = None) -> Array:
+    """HWC pixels of any allowed format but TIFF, turned: the colours, or the channels `bands`."""
     picture = open_picture(data, max_pixels)
+    if pages == "refuse":
+        refuse_pages(getattr(picture, "n_frames", 1))
     if picture.format == "PNG":
         image = _png_pixels(data)
     elif picture.format in ("JPEG", "MPO"):
@@ -100,16 +130,18 @@ def decode_picture(data: bytes, max_pixels: int) -> Array:
         image = pillow_pixels(picture)
     if image.shape[:2] != (picture.height, picture.width):
         raise ImageError("decode", f"header and pixels disagree: {picture.size[::-1]} and {image.shape[:2]}")
-    return turn(image, orientation(picture, data))
+    return turn(choose(image, bands), orientation(picture, data))
 
 
 def pillow_pixels(picture: Image.Image) -> Array:
-    """HWC pixels, 1 or 3 channels, uint8 (uint16 for a 16-bit PGM). Loads the picture, which must be fresh."""
+    """HWC pixels, alpha included, uint8 (uint16 for a 16-bit PGM). Loads the picture, which must be fresh."""
     mode = picture.mode
-    if mode in ("1", "L", "LA", "La"):
-        return np.asarray(picture.convert("L") if mode == "1" else picture.getchannel(0))[..., None]
+    if mode in ("1", "L"):
+        return np.asarray(picture.convert("L"))[..., None]
+    if mode in ("LA", "La"):
+        return np.stack([np.asarray(picture.getchannel(0)), np.asarray(picture.getchannel(1))], axis=2)
     if mode in ("RGB", "RGBA", "RGBX"):
-        return np.asarray(picture)[..., :3]
+        return np.asarray(picture)
     if mode in ("P", "PA", "CMYK", "YCbCr"):
         return np.asarray(picture.convert("RGB"))
     if mode == "I" and picture.format == "PPM":
@@ -121,8 +153,7 @@ def _png_pixels(data: bytes) -> Array:
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("decode", "the PNG file is cut short: its end chunk is missing")
     image = imagecodecs.png_decode(data)
-    image = image.reshape(*image.shape[:2], -1)
-    return image[..., :1] if image.shape[2] <= 2 else image[..., :3]
+    return image.reshape(*image.shape[:2], -1)
 
 
 _JPEG_COLORSPACES = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}

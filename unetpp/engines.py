@@ -28,10 +28,12 @@ class TileStats:
     """What a tile's logits say about its mask, over the core.
 
     finite: no NaN or infinity. margin: mean distance of the two best classes' probabilities, 0 (a coin) .. 1 (sure).
+    probability_HW: of the foreground, 8 bits (`eight_bits`), of an engine that was asked for it.
     """
 
     finite: bool
     margin: float
+    probability_HW: NDArray[np.uint8] | None = None
 
 
 class Engine(Protocol):
@@ -107,6 +109,16 @@ def decide(probability_BKHW: Tensor) -> tuple[Tensor, Tensor]:
     return probability_BKHW.argmax(1).to(torch.uint8), best_B2HW[:, 0] - best_B2HW[:, 1]
 
 
+def eight_bits(probability_BKHW: Tensor) -> Tensor:
+    """Probability of the foreground, which is all but class 0, as uint8 BHW: 0 .. 255, rounded, halves down.
+
+    So, with one class, foreground is exactly what is above 127.
+    """
+    one_class = probability_BKHW.shape[1] == 1
+    foreground_BHW = probability_BKHW[:, 0] if one_class else 1.0 - probability_BKHW[:, 0]
+    return (foreground_BHW * 255.0 - 0.5).ceil().clamp(0, 255).to(torch.uint8)
+
+
 class TorchEngine:
     """Eager torch made right: conv-BN folded, channels_last, inference mode, float32.
 
@@ -114,8 +126,11 @@ class TorchEngine:
     averaged logits give other masks); with `flips`, also over the tile's four mirror images, at four times the cost.
     """
 
-    def __init__(self, model: UNetPlusPlus, mode: Mode, device: str = "cpu", *, flips: bool = False) -> None:
+    def __init__(
+        self, model: UNetPlusPlus, mode: Mode, device: str = "cpu", *, flips: bool = False, probability: bool = False
+    ) -> None:
         keep_freed_memory()
+        self.probability = probability
         self.config = model.config
         self.mode = mode
         self.flips = flips
@@ -132,10 +147,12 @@ class TorchEngine:
             heads = probabilities(logits, self.config)
             seen.append(heads[self.config.level] if self.mode == "fast" else mean_of(heads.values()))
             finite += [head.isfinite().flatten(1).all(1) for head in logits.values()]
-        mask_BHW, margin_BHW = decide(mean_of(seen))
+        probability_BKHW = mean_of(seen)
+        mask_BHW, margin_BHW = decide(probability_BKHW)
         finite_B = torch.stack(finite).all(0)
         margins = margin_BHW.flatten(1).mean(1).tolist()
-        stats = [TileStats(finite, margin) for finite, margin in zip(finite_B.tolist(), margins, strict=True)]
+        eight_BHW = eight_bits(probability_BKHW).cpu().numpy() if self.probability else [None] * len(margins)
+        stats = [TileStats(*each) for each in zip(finite_B.tolist(), margins, eight_BHW, strict=True)]
         return mask_BHW.cpu().numpy(), stats
 
 

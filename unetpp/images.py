@@ -11,9 +11,19 @@ What an array holds, whatever the file format:
 | grey; colour                             | 1 channel; 3 channels, RGB                                        |
 | palette, YCbCr, CMYK                     | RGB, uint8                                                        |
 | alpha                                    | dropped; colours are neither multiplied nor divided by it         |
+| other channels (TIFF)                    | refused, unless `bands` names those that are wanted               |
 | MinIsWhite                               | inverted, so that light is high                                   |
 | EXIF or TIFF orientation                 | applied                                                           |
-| several pages or frames                  | the first                                                         |
+| several pages or frames                  | the first; with `pages` "refuse" the file is refused              |
+| smaller copies (pyramid), a slide's label| not looked at; they are no pages                                  |
+| GeoTIFF tags                             | kept beside the array: `unetpp.geo`                               |
+
+What these numbers mean to a network, `ModelConfig.value_range` says by type: nothing is stretched by what an image
+happens to hold.
+
+`bands` names channels by number, from 0, in the order in which they are wanted. They are the samples of a pixel as
+they are stored, interleaved or in planes, alpha included; where a TIFF has one sample a pixel and several pages, they
+are its pages in the order of the file, which must be alike (C x H x W stacks, as microscopes write them).
 
 A file that is damaged, cut short, unknown or larger than the cap raises ImageError and nothing else: an image is whole
 or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in
@@ -23,13 +33,14 @@ GIF, WebP, LZW and uncompressed files a changed byte can still go unseen.
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from unetpp.config import Bands, Pages
 from unetpp.decoders import (
     FORMATS,
     MAX_PIXELS,
@@ -46,15 +57,36 @@ Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.uint8]
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Array:
-    """The image in `data`: HWC with 1 or 3 channels, uint8, uint16 or float32, contiguous, writable.
+class Decoded(NamedTuple):
+    """What is in an image file.
+
+    image_HWC: uint8, uint16 or float32, contiguous, writable. geo: where on Earth it is, JSON of `unetpp.geo`, of a
+    TIFF that says so.
+    """
+
+    image_HWC: Array
+    geo: str | None
+
+
+def read_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, pages: Pages = "first", bands: Bands | None = None
+) -> Decoded:
+    """The image in `data`, with 1 or 3 channels, or with those that `bands` names.
 
     Raises ImageError: `too_large` when height x width is above `max_pixels` (checked on the header, before any pixel
     is decoded) or memory runs out, `decode` for everything else.
     """
     with _failures_as_image_errors():
-        image = decode_tiff(data, max_pixels) if is_tiff(data) else decode_picture(data, max_pixels)
-        return np.require(image, requirements=["C", "W", "O"])
+        if is_tiff(data):
+            image, geo = decode_tiff(data, max_pixels, pages, bands)
+        else:
+            image, geo = decode_picture(data, max_pixels, pages, bands), None
+        return Decoded(np.require(image, requirements=["C", "W", "O"]), geo)
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, bands: Bands | None = None) -> Array:
+    """The pixels that `read_image` gives."""
+    return read_image(data, max_pixels=max_pixels, bands=bands).image_HWC
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

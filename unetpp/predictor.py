@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unetpp import tiles
 from unetpp.checkpoint import digest, from_pretrained
-from unetpp.config import Level, ModelConfig
+from unetpp.config import Bands, Level, ModelConfig
 from unetpp.engines import (
     Engine,
     Mode,
@@ -45,13 +45,14 @@ class Prediction:
 
     mask_HW: class ids, uint8, the image's own size. uncertainty: 0 (sure of every pixel) .. 1 (a coin for each).
     finite: False when the network gave NaN or infinity: the mask is then worthless. degraded: what was reduced to fit
-    into memory, None for nothing.
+    into memory, None for nothing. probability_HW: of the foreground (all but class 0), 0 .. 255, if it was asked for.
     """
 
     mask_HW: NDArray[np.uint8]
     uncertainty: float
     finite: bool
     degraded: str | None = None
+    probability_HW: NDArray[np.uint8] | None = None
 
 
 class Predictor:
@@ -76,24 +77,30 @@ class Predictor:
         device: str = "cpu",
         *,
         flips: bool = False,
+        bands: Bands | None = None,
+        probability: bool = False,
     ) -> Self:
         """Load a model folder, or a packaged model by its name, pruned to `level` (default: its deepest).
 
-        With `flips`, accurate mode also averages over the mirror images of what it sees.
+        With `flips`, accurate mode also averages over the mirror images of what it sees. `bands` are other channels of
+        the files than the model names: they do not change what is done with an image, but whose masks these are. With
+        `probability`, predictions have `probability_HW`.
 
         ModelError for a folder that is no model; ConfigError for a level without a head, accurate mode with one head,
-        flips in fast mode.
+        flips in fast mode, as many bands as the network cannot read.
         """
         if flips and mode != "accurate":
             raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
         model = from_pretrained(model_dir, level, keep_heads=mode == "accurate")
+        if bands is not None:
+            model.config = _with_bands(model.config, bands)
         config = model.config
         if mode == "accurate":
             refuse_single_head(config)
         if mode == "fast" and len(config.head_levels) > 1:
             model = prune(model, config.level)
         return cls(
-            TorchEngine(model, mode, device, flips=flips),
+            TorchEngine(model, mode, device, flips=flips, probability=probability),
             model.config,
             digest=digest(model, mode=mode, precision="f32", **({"flips": "mean"} if flips else {})),
             tile_px=tile_px,
@@ -154,7 +161,7 @@ class Predictor:
         padded = [_prepare(image, self.config) for image in images]
         plans = [_plan(image.shape[:2], self.config, tile_px) for image in images]
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
-        stats: list[list[tuple[TileStats, int]]] = [[] for _ in plans]
+        stats: list[dict[int, tuple[TileStats, int]]] = [{} for _ in plans]
         for members in _batches(padded, plans, batch_tiles):
             tiles_BHWC = np.stack([tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members])
             first = plans[members[0][0]].tiles[members[0][1]]
@@ -162,9 +169,9 @@ class Predictor:
             self.on_forward()
             for (n, t), mask_HW, tile_stat in zip(members, masks_BHW, tile_stats, strict=True):
                 cores[n][t] = mask_HW
-                stats[n].append((tile_stat, mask_HW.size))
+                stats[n][t] = tile_stat, mask_HW.size
         return [
-            _prediction(plan, image_cores, image_stats, degraded)
+            _prediction(plan, image_cores, [image_stats[t] for t in range(len(image_stats))], degraded)
             for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
         ]
 
@@ -198,9 +205,23 @@ def _prediction(
 ) -> Prediction:
     mask_HW = tiles.stitch(plan, (core for core in cores if core is not None))
     margin = sum(stat.margin * num_px for stat, num_px in stats) / sum(num_px for _, num_px in stats)
+    probabilities = [stat.probability_HW for stat, _ in stats if stat.probability_HW is not None]
     return Prediction(
-        mask_HW.astype(np.uint8, copy=False), 1.0 - margin, all(stat.finite for stat, _ in stats), degraded
+        mask_HW.astype(np.uint8, copy=False),
+        1.0 - margin,
+        all(stat.finite for stat, _ in stats),
+        degraded,
+        tiles.stitch(plan, probabilities).astype(np.uint8, copy=False) if probabilities else None,
     )
+
+
+def _with_bands(config: ModelConfig, bands: Bands) -> ModelConfig:
+    if not config.can_read(bands):
+        raise ConfigError(
+            f"bands {', '.join(map(str, bands))} are {len(bands)} channels, the model reads {config.in_channels}; "
+            f"name {config.in_channels}"
+        )
+    return config.model_copy(update={"bands": bands})
 
 
 def refuse_single_head(config: ModelConfig) -> None:

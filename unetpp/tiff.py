@@ -13,17 +13,22 @@ import numpy.typing as npt
 import tifffile
 from PIL import TiffImagePlugin
 
+from unetpp.config import Bands, Pages
 from unetpp.decoders import (
     MAX_PIXELS,
     ORIENTATION_TAG,
+    check_bands,
     check_size,
+    choose,
     decode_jpeg_strictly,
     open_picture,
     pillow_pixels,
+    refuse_pages,
     turn,
     turned_size,
 )
 from unetpp.errors import ImageError
+from unetpp.geo import read_geo
 
 Array = npt.NDArray[Any]
 
@@ -40,45 +45,115 @@ def is_tiff(data: bytes) -> bool:
     return data.startswith(_MAGIC)
 
 
-def decode_tiff(data: bytes, max_pixels: int) -> Array:
-    """HWC pixels of the first page, 1 or 3 channels, uint8, uint16 or float32, turned."""
-    page = _first_page(data)
-    if page is not None:
-        check_size(page.imagelength, page.imagewidth, max_pixels)
-        if page.is_tiled:  # a tile may be larger than its image
-            check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
-        if _is_plain(page):
-            return _plain_pixels(page, len(data))
-        if page.compression in _FAX_COMPRESSION:
-            raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
-        if page.compression in _JPEG_COMPRESSION:
-            _check_jpeg_segments(page, data)
-    picture = open_picture(data, max_pixels)
-    assert isinstance(picture, TiffImagePlugin.TiffImageFile)
-    bits = max(picture.tag_v2.get(_BITS_TAG, (1,)))
-    unsigned = set(picture.tag_v2.get(_SAMPLE_FORMAT_TAG, (1,))) == {1}
-    if not unsigned or (bits > 8 and picture.mode != "CMYK"):
-        compression = picture.info.get("compression")
-        raise ImageError("decode", f"TIFF of {bits}-bit samples with compression {compression} is not supported")
-    return pillow_pixels(picture)  # Pillow turns TIFF itself, and inverts MinIsWhite at up to 8 bits
+def decode_tiff(
+    data: bytes, max_pixels: int, pages: Pages = "first", bands: Bands | None = None
+) -> tuple[Array, str | None]:
+    """HWC pixels of the first page, turned, and where on Earth they are (`unetpp.geo`).
+
+    1 or 3 channels, or those that `bands` names: of the first page's samples, or, where it has one sample a pixel and
+    other pages follow, of the pages.
+    """
+    file = _open(data)
+    page = None if file is None else _page(file, 0)
+    if file is None or page is None:
+        if pages == "refuse":
+            refuse_pages(getattr(open_picture(data, max_pixels), "n_frames", 1))
+        return _picture_pixels(data, max_pixels, bands), None
+    numbers = range(1) if pages == "first" and bands is None else _numbers_of_pages(file)
+    if bands is not None and page.samplesperpixel == 1 and len(numbers) > 1:
+        check_bands(bands, len(numbers))
+        image = _stacked(data, file, [numbers[band] for band in bands], max_pixels)
+    else:
+        if pages == "refuse":
+            refuse_pages(len(numbers))
+        image = _page_pixels(data, page, 0, max_pixels, bands)
+    return image, read_geo(page.tags.valueof, page.imagelength, page.imagewidth, _orientation(page))
 
 
 def tiff_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     """Height and width of the first page, turned, from the header alone."""
-    page = _first_page(data)
+    file = _open(data)
+    page = None if file is None else _page(file, 0)
     if page is None:
         return open_picture(data, max_pixels).size[::-1]  # as it is once turned
     check_size(page.imagelength, page.imagewidth, max_pixels)
     return turned_size(page.imagelength, page.imagewidth, _orientation(page))
 
 
-def _first_page(data: bytes) -> tifffile.TiffPage | None:
-    """The first page's header, or None where tifffile cannot make sense of it and Pillow may have a try."""
+def _open(data: bytes) -> tifffile.TiffFile | None:
+    """The file, or None where tifffile cannot make sense of it and Pillow may have a try."""
     try:
-        page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+        return tifffile.TiffFile(io.BytesIO(data))
+    except Exception:
+        return None
+
+
+def _page(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
+    """A page's header, or None as in `_open`."""
+    try:
+        page = file.pages[number]
     except Exception:
         return None
     return page if isinstance(page, tifffile.TiffPage) else None
+
+
+def _numbers_of_pages(file: tifffile.TiffFile) -> list[int]:
+    """Which of the pages are images of their own: not smaller copies, nor masks, nor what a slide scanner adds."""
+    if file.is_svs:
+        return [0]
+    numbers = [0]
+    for number in range(1, len(file.pages)):
+        page = _page(file, number)
+        if page is None:
+            raise ImageError("decode", f"the header of the TIFF's page {number} is damaged")
+        if not page.is_reduced and not page.is_mask:
+            numbers.append(number)
+    return numbers
+
+
+def _stacked(data: bytes, file: tifffile.TiffFile, numbers: list[int], max_pixels: int) -> Array:
+    """The pages of these numbers as channels."""
+    planes: list[Array] = []
+    for number in numbers:
+        page = _page(file, number)
+        assert page is not None
+        plane = _page_pixels(data, page, number, max_pixels, None)
+        if planes and (plane.shape, plane.dtype) != (planes[0].shape, planes[0].dtype):
+            raise ImageError(
+                "decode",
+                f"page {number} is {plane.dtype} {plane.shape}, page {numbers[0]} is {planes[0].dtype} "
+                f"{planes[0].shape}: pages that are bands of one image must be alike",
+            )
+        planes.append(plane)
+    return np.concatenate(planes, axis=2)
+
+
+def _page_pixels(data: bytes, page: tifffile.TiffPage, number: int, max_pixels: int, bands: Bands | None) -> Array:
+    check_size(page.imagelength, page.imagewidth, max_pixels)
+    if page.is_tiled:  # a tile may be larger than its image
+        check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
+    if _is_plain(page):
+        return _plain_pixels(page, len(data), bands)
+    if page.compression in _FAX_COMPRESSION:
+        raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
+    if page.compression in _JPEG_COMPRESSION:
+        _check_jpeg_segments(page, data)
+    return _picture_pixels(data, max_pixels, bands, number)
+
+
+def _picture_pixels(data: bytes, max_pixels: int, bands: Bands | None, number: int = 0) -> Array:
+    """A page as Pillow reads it: 8 bits."""
+    picture = open_picture(data, max_pixels)
+    if number:
+        picture.seek(number)
+        check_size(picture.height, picture.width, max_pixels)
+    assert isinstance(picture, TiffImagePlugin.TiffImageFile)
+    bits = max(picture.tag_v2.get(_BITS_TAG, (1,)))
+    unsigned = set(picture.tag_v2.get(_SAMPLE_FORMAT_TAG, (1,))) == {1}
+    if not unsigned or (bits > 8 and picture.mode != "CMYK"):
+        compression = picture.info.get("compression")
+        raise ImageError("decode", f"TIFF of {bits}-bit samples with compression {compression} is not supported")
+    return choose(pillow_pixels(picture), bands)  # Pillow turns TIFF itself, and inverts MinIsWhite at up to 8 bits
 
 
 def _orientation(page: tifffile.TiffPage) -> int:
@@ -95,9 +170,9 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
     )
 
 
-def _plain_pixels(page: tifffile.TiffPage, size_bytes: int) -> Array:
+def _plain_pixels(page: tifffile.TiffPage, size_bytes: int, bands: Bands | None) -> Array:
     num_planes, depth, _, _, num_samples = page.shaped
-    channels = _colour_channels(page)
+    channels: slice | list[int] = slice(_colour_channels(page)) if bands is None else list(bands)
     if depth != 1 or min(num_planes, num_samples) != 1:
         raise ImageError("decode", f"a TIFF page of {depth} slices or mixed planes is not supported")
     _check_segments(page, size_bytes)
@@ -105,7 +180,9 @@ def _plain_pixels(page: tifffile.TiffPage, size_bytes: int) -> Array:
     if stored.shape != page.shaped:
         raise ImageError("decode", f"the TIFF page holds {stored.shape} samples, its header says {page.shaped}")
     image = np.moveaxis(stored[:, 0, :, :, 0], 0, -1) if num_planes > 1 else stored[0, 0]
-    image = image[..., :channels]
+    if bands is not None:
+        check_bands(bands, image.shape[2])
+    image = image[..., channels]
     if page.photometric == 0 and _PHOTOMETRIC_TAG in page.tags:
         if image.dtype.kind != "u":
             raise ImageError("decode", f"MinIsWhite TIFF of type {image.dtype} has no known white")
@@ -121,7 +198,8 @@ def _colour_channels(page: tifffile.TiffPage) -> int:
     if extra == 0 or (extra == 1 and (alpha or channels == 3)):
         return channels
     raise ImageError(
-        "decode", f"a TIFF with {page.samplesperpixel} samples a pixel is neither grey nor RGB; save the channels apart"
+        "decode",
+        f"a TIFF with {page.samplesperpixel} samples a pixel is neither grey nor RGB; say with bands which to read",
     )
 
 

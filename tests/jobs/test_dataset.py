@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from jobs.contract import SynthConfig, TrainConfig
@@ -49,6 +50,23 @@ def test_images_and_masks_are_decoded_to_one_size(data_dir: Path) -> None:
         assert image.target_HW.shape == (48, 48)
         with Image.open(image.sample.mask_uri) as mask:
             assert np.array_equal(image.target_HW, (np.asarray(mask) > 0).astype(np.uint8))
+
+
+def test_a_set_of_many_channels_is_read_by_its_bands(data_dir: Path) -> None:
+    rng = np.random.default_rng(4)
+    stacks = {}
+    for path in sorted((data_dir / "images").iterdir()):
+        stacks[path.stem] = rng.integers(0, 65536, (5, 48, 48), np.uint16)
+        path.unlink()
+        tifffile.imwrite(path.with_suffix(".tif"), stacks[path.stem], photometric="minisblack")
+    model = ModelConfig(level=1, filters=(2, 4), in_channels=2, bands=(4, 1))
+    images = load(open_labelled_set(str(data_dir)).samples, model)
+    for image in images:
+        np.testing.assert_array_equal(image.image_HWC, stacks[image.sample.id][[4, 1]].transpose(1, 2, 0))
+    crop, _ = CropSampler(images, train_config(data_dir, model=model)).crop(0, 0)
+    assert crop.shape == (16, 16, 2)
+    with pytest.raises(ConfigError, match=r"has 5 channel\(s\), 0 to 4, and bands asks for 5"):
+        load(open_labelled_set(str(data_dir)).samples, model.model_copy(update={"bands": (0, 5)}))
 
 
 def test_a_set_in_object_storage_is_the_same_set(data_dir: Path, s3_prefix: str) -> None:

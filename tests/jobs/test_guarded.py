@@ -38,7 +38,7 @@ def test_images_come_out_as_without_the_guard(archive: Path) -> None:
         for path in sorted(archive.rglob("*")):
             if path.suffix.lower() in (".png", ".jpg", ".tif"):
                 content = path.read_bytes()
-                wanted, seen = decode_image(content), pool.decode(content)
+                wanted, seen = decode_image(content), pool.decode(content).image_HWC
                 assert seen.dtype == wanted.dtype
                 np.testing.assert_array_equal(seen, wanted)
                 assert seen.flags.writeable
@@ -65,7 +65,7 @@ def test_what_a_decoder_does_to_its_process_is_the_images_error(
     assert caught.value.code == code
     assert time.monotonic() - started < 30
     good = (archive / "a.png").read_bytes()
-    np.testing.assert_array_equal(decoders.decode(good), decode_image(good))  # and the next image is decoded
+    np.testing.assert_array_equal(decoders.decode(good).image_HWC, decode_image(good))  # and the next image is decoded
 
 
 def test_pixels_are_counted_before_they_are_decoded(archive: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_child_that_was_killed_between_two_images_is_replaced(decoders: Decode
     for child in _children():
         child.kill()
         child.wait()
-    np.testing.assert_array_equal(decoders.decode(good), decode_image(good))
+    np.testing.assert_array_equal(decoders.decode(good).image_HWC, decode_image(good))
 
 
 def test_children_end_with_the_pool_and_with_the_parent(archive: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_many_threads_share_few_children(archive: Path) -> None:
     with DecodePool(2, max_pixels=10**6, limits=LIMITS) as pool, ThreadPoolExecutor(8) as threads:
         images = list(threads.map(pool.decode, [good] * 64))
         assert len(_children()) <= 2
-    assert all(np.array_equal(image, decode_image(good)) for image in images)
+    assert all(np.array_equal(image.image_HWC, decode_image(good)) for image in images)
 
 
 def test_a_guarded_prediction_is_the_prediction(tiny_model: Path) -> None:

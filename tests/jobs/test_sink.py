@@ -68,6 +68,20 @@ def test_a_window_has_its_place_in_the_name() -> None:
     assert sink.png_key("a.tif.y1024_x0") == "a.tif%2Ey1024_x0.png"
 
 
+def test_a_probability_stands_beside_its_mask() -> None:
+    assert sink.probability_uri(sink.png_key("a.tif")) == "a.tif.probability.png"
+    assert sink.probability_uri(sink.png_key("a.tif", (0, 512))) == "a.tif.y0_x512.probability.png"
+    assert sink.png_key("a.tif.probability") == "a.tif%2Eprobability.png"
+
+
+@given(KEYS, KEYS, WINDOWS, WINDOWS)
+def test_no_mask_has_the_name_of_a_probability(
+    one: str, other: str, window: tuple | None, other_window: tuple | None
+) -> None:
+    for suffix in ("", ".probability"):
+        assert sink.png_key(one + suffix, window) != sink.probability_uri(sink.png_key(other, other_window))
+
+
 @given(KEYS, KEYS, WINDOWS, WINDOWS)
 def test_no_two_images_share_a_name(one: str, other: str, window: tuple | None, other_window: tuple | None) -> None:
     assert (sink.png_key(one, window) == sink.png_key(other, other_window)) == ((one, window) == (other, other_window))
