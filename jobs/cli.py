@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
 from jobs.contract import (
+    AssembleConfig,
     EvaluateConfig,
     ExitCode,
     ExplainConfig,
@@ -42,6 +43,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "rebuild": RebuildConfig,
     "gc": GcConfig,
     "forget": ForgetConfig,
+    "assemble": AssembleConfig,
     "rollback": RollbackConfig,
     "synth": SynthConfig,
 }

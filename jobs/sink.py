@@ -150,7 +150,7 @@ def commit(
         num_predicted=len(rows) - failures.total(),
         num_failed=failures.total(),
         failures=dict(sorted(failures.items())),
-        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
+        megapixels=sum(row["window_h"] * row["window_w"] for row in rows if row["error_code"] is None) / 1e6,
         seconds=seconds,
         committed_at=time.time(),
     )

@@ -52,14 +52,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Array:
     Raises ImageError: `too_large` when height x width is above `max_pixels` (checked on the header, before any pixel
     is decoded) or memory runs out, `decode` for everything else.
     """
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         image = decode_tiff(data, max_pixels) if is_tiff(data) else decode_picture(data, max_pixels)
         return np.require(image, requirements=["C", "W", "O"])
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width that `decode_image` would give, from the header alone; raises ImageError as it does."""
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         if is_tiff(data):
             return tiff_size(data, max_pixels)
         picture = open_picture(data, max_pixels)
@@ -134,7 +134,7 @@ def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None,
 def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.NDArray[np.bool_]:
     """Where the file says `ignore`: an index where it is a palette file, else a value in every channel."""
     if image.shape[2] > 1:
-        with _failures_as_image_errors():
+        with failures_as_image_errors():
             is_palette = open_picture(data, max_pixels).mode == "P"
         if is_palette:
             return np.asarray(_palette_indices(data, max_pixels) == ignore)
@@ -143,7 +143,7 @@ def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.
 
 def _palette_indices(data: bytes, max_pixels: int) -> Array:
     """Indices of a palette file that the strict decoders have already found whole: they give its colours only."""
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         picture = open_picture(data, max_pixels)
         if picture.mode != "P":
             raise ImageError("decode", "a mask of several classes must be a grey or palette image, not RGB")
@@ -161,8 +161,8 @@ def _palette(num_classes: int) -> bytes:
 
 
 @contextmanager
-def _failures_as_image_errors() -> Iterator[None]:
-    """The boundary of this module: decoders fail in many ways on bad bytes, callers see one."""
+def failures_as_image_errors() -> Iterator[None]:
+    """The boundary around decoders: they fail in many ways on bad bytes, callers see one."""
     try:
         yield
     except ImageError:

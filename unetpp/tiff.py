@@ -6,7 +6,7 @@ Functions here raise whatever their library raises, besides ImageError.
 """
 
 import io
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 262, 258, 339
 _PLAIN_COMPRESSION = {1, 5, 8, 32773, 32946, 50000}  # none, LZW, deflate, PackBits, old deflate, Zstandard
 _FAX_COMPRESSION = {2, 3, 4}
-_JPEG_COMPRESSION = {6, 7}
+JPEG_COMPRESSION = {6, 7}
 _PLAIN_BITS = {8, 12, 16, 32, 64}
 
 
@@ -42,16 +42,16 @@ def is_tiff(data: bytes) -> bool:
 
 def decode_tiff(data: bytes, max_pixels: int) -> Array:
     """HWC pixels of the first page, 1 or 3 channels, uint8, uint16 or float32, turned."""
-    page = _first_page(data)
+    page = first_page(io.BytesIO(data))
     if page is not None:
         check_size(page.imagelength, page.imagewidth, max_pixels)
         if page.is_tiled:  # a tile may be larger than its image
             check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
-        if _is_plain(page):
+        if is_plain(page):
             return _plain_pixels(page, len(data))
         if page.compression in _FAX_COMPRESSION:
             raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
-        if page.compression in _JPEG_COMPRESSION:
+        if page.compression in JPEG_COMPRESSION:
             _check_jpeg_segments(page, data)
     picture = open_picture(data, max_pixels)
     assert isinstance(picture, TiffImagePlugin.TiffImageFile)
@@ -65,27 +65,29 @@ def decode_tiff(data: bytes, max_pixels: int) -> Array:
 
 def tiff_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     """Height and width of the first page, turned, from the header alone."""
-    page = _first_page(data)
+    page = first_page(io.BytesIO(data))
     if page is None:
         return open_picture(data, max_pixels).size[::-1]  # as it is once turned
     check_size(page.imagelength, page.imagewidth, max_pixels)
-    return turned_size(page.imagelength, page.imagewidth, _orientation(page))
+    return turned_size(page.imagelength, page.imagewidth, orientation_of(page))
 
 
-def _first_page(data: bytes) -> tifffile.TiffPage | None:
+def first_page(file: BinaryIO) -> tifffile.TiffPage | None:
     """The first page's header, or None where tifffile cannot make sense of it and Pillow may have a try."""
     try:
-        page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+        page = tifffile.TiffFile(file).pages[0]
     except Exception:
         return None
     return page if isinstance(page, tifffile.TiffPage) else None
 
 
-def _orientation(page: tifffile.TiffPage) -> int:
+def orientation_of(page: tifffile.TiffPage) -> int:
+    """The page's orientation 1..8."""
     return int(page.tags.valueof(ORIENTATION_TAG, 1))
 
 
-def _is_plain(page: tifffile.TiffPage) -> bool:
+def is_plain(page: tifffile.TiffPage) -> bool:
+    """Whether the page holds samples of a width and compression that tifffile reads right and strictly."""
     return (
         page.dtype is not None
         and page.dtype.kind in "uif"
@@ -96,25 +98,33 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
 
 
 def _plain_pixels(page: tifffile.TiffPage, size_bytes: int) -> Array:
-    num_planes, depth, _, _, num_samples = page.shaped
-    channels = _colour_channels(page)
-    if depth != 1 or min(num_planes, num_samples) != 1:
-        raise ImageError("decode", f"a TIFF page of {depth} slices or mixed planes is not supported")
+    colour_channels(page)
     _check_segments(page, size_bytes)
     stored = page.asarray(squeeze=False, maxworkers=1)
     if stored.shape != page.shaped:
         raise ImageError("decode", f"the TIFF page holds {stored.shape} samples, its header says {page.shaped}")
-    image = np.moveaxis(stored[:, 0, :, :, 0], 0, -1) if num_planes > 1 else stored[0, 0]
-    image = image[..., :channels]
+    image = np.moveaxis(stored[:, 0, :, :, 0], 0, -1) if stored.shape[0] > 1 else stored[0, 0]
+    return turn(as_colours(page, image), orientation_of(page))
+
+
+def as_colours(page: tifffile.TiffPage, samples_HWS: Array) -> Array:
+    """Samples as a page, or a region of it, stores them -> pixels: 1 or 3 channels, light is high, not turned."""
+    image = samples_HWS[..., : colour_channels(page)]
     if page.photometric == 0 and _PHOTOMETRIC_TAG in page.tags:
         if image.dtype.kind != "u":
             raise ImageError("decode", f"MinIsWhite TIFF of type {image.dtype} has no known white")
         image = image.dtype.type(2**page.bitspersample - 1) - image
-    return turn(_as_supported_type(image), _orientation(page))
+    return _as_supported_type(image)
 
 
-def _colour_channels(page: tifffile.TiffPage) -> int:
-    """1 or 3, the samples a pixel that are kept: one more may follow if it is alpha, or unused after RGB."""
+def colour_channels(page: tifffile.TiffPage) -> int:
+    """1 or 3, the samples a pixel that are kept: one more may follow if it is alpha, or unused after RGB.
+
+    ImageError for any other page.
+    """
+    num_planes, depth, _, _, num_samples = page.shaped
+    if depth != 1 or min(num_planes, num_samples) != 1:
+        raise ImageError("decode", f"a TIFF page of {depth} slices or mixed planes is not supported")
     channels = 3 if page.photometric == 2 or page.samplesperpixel == 3 else 1
     extra = page.samplesperpixel - channels
     alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
@@ -138,10 +148,14 @@ def _check_segments(page: tifffile.TiffPage, size_bytes: int) -> None:
 def _check_jpeg_segments(page: tifffile.TiffPage, data: bytes) -> None:
     """Decode every JPEG strip or tile with libjpeg's warnings as errors: libtiff passes over them."""
     _check_segments(page, len(data))
-    tables = page.jpegtables or b""
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        segment = data[offset : offset + count]
-        decode_jpeg_strictly(tables[:-2] + segment[2:] if tables else segment)
+        check_jpeg_segment(page, data[offset : offset + count])
+
+
+def check_jpeg_segment(page: tifffile.TiffPage, segment: bytes) -> None:
+    """Raise ValueError where libjpeg warns about the pixels of a strip or tile."""
+    tables = page.jpegtables or b""
+    decode_jpeg_strictly(tables[:-2] + segment[2:] if tables else segment)
 
 
 def _as_supported_type(image: Array) -> Array:

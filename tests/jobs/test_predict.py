@@ -374,7 +374,9 @@ def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> 
     before = _files(tmp_path / "out" / "table")
     task, shards = _task(opening, tmp_path)
     with Worker(task) as worker, io_threads() as threads, new_decoders(task.config) as decoders:
-        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders)))
+        outcomes = list(
+            predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders, worker.predictor.config))
+        )
         with pytest.raises(AbandonedError):
             write_shard(task, shards[1], worker.predictor, outcomes, threads)
     assert _files(tmp_path / "out" / "table") == before
