@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
 from jobs.contract import (
+    AssembleConfig,
     CompactConfig,
     EvaluateConfig,
     ExitCode,
@@ -44,6 +45,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "compact": CompactConfig,
     "gc": GcConfig,
     "forget": ForgetConfig,
+    "assemble": AssembleConfig,
     "rollback": RollbackConfig,
     "synth": SynthConfig,
 }

@@ -48,7 +48,7 @@ from jobs.runs import (
     put_run,
     read_record,
 )
-from jobs.table import PLACE, Part
+from jobs.table import GRID, PLACE, NewestOnly, Part
 from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -218,26 +218,26 @@ class _DoneAgain(Exception):
 def _newest(
     parts: dict[str, list[Part]], chosen: Collection[str], others: Collection[str], *, before: str
 ) -> Iterator[_Piece]:
-    """The rows of the chosen runs that are the newest of their image in the runs before one, oldest run first.
+    """The rows of the chosen runs that are the newest of their image, or of a window of its newest grid.
+
+    In the runs before one, oldest run first.
 
     Raises _DoneAgain where one of the `others`, runs of other models, has a newer one.
     """
-    seen: set[bytes] = set()
-    seen_elsewhere: set[bytes] = set()
+    newest_only, seen_elsewhere = NewestOnly(), set[bytes]()
     by_run: list[list[_Piece]] = []
     for run in sorted((run for run in parts if run < before), reverse=True):
         pieces = []
-        for part, rows in table.scan_parts(parts[run], PLACE):
+        for part, rows in table.scan_parts(parts[run], [*PLACE, *GRID]):
             fresh = []
-            for number, place in enumerate(rows.to_pylist()):
-                name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
+            for number, row in enumerate(rows.to_pylist()):
+                image = identity(row["source_uri"], row["key"], "")
                 if run in others:
-                    seen_elsewhere.add(name)
-                elif name not in seen:
-                    seen.add(name)
+                    seen_elsewhere.add(image)
+                elif newest_only.takes(row):
                     fresh.append(number)
-                    if run in chosen and name in seen_elsewhere:
-                        raise _DoneAgain(f"another model has done {place['key']} since {run}")
+                    if run in chosen and image in seen_elsewhere:
+                        raise _DoneAgain(f"another model has done {row['key']} since {run}")
             if fresh:
                 pieces.append(_Piece(part, np.array(fresh, np.int64)))
         if run in chosen:

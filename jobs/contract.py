@@ -357,7 +357,14 @@ class PredictOptions(Frozen):
     )
     shard_images: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="images a shard: the unit of commit")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
-    max_pixels: Annotated[int, Field(ge=1)] = Field(178_956_970, description="larger images become too_large rows")
+    window_px: Annotated[int, Field(ge=0, multiple_of=16)] = Field(
+        4096,
+        description="larger images are cut into windows of this side, each with a row and a mask of its own; 0: never",
+    )
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        178_956_970,
+        description="larger images become too_large rows, but for those that can be read window by window",
+    )
     bands: Bands | None = Field(
         None, description="channels of the files to read, from 0, such as 3,2,1; default: those that the model names"
     )
@@ -447,7 +454,7 @@ class PredictConfig(PredictOptions):
 
 
 class PredictResult(Frozen):
-    """What a `predict` call did, all its runs together.
+    """What a `predict` call did, all its runs together. A window of a huge image counts as an image.
 
     `num_listed == num_predicted + num_failed + num_unchanged` always holds.
     """
@@ -638,6 +645,34 @@ class ForgetResult(Frozen):
     key: str
     num_rows: int
     runs: tuple[str, ...]
+
+
+class AssembleConfig(Frozen):
+    """Put the masks of the windows of a huge image together into one tiled BigTIFF."""
+
+    output: OutputUri
+    key: str = Field(description="key of the image: its path below the input", json_schema_extra={"positional": True})
+    out: str = Field(description="file or URI of the mask, a .tif")
+    model: str | None = Field(
+        None,
+        description="digest, whole or its first ten digits, of the model whose masks are meant; default: the newest",
+    )
+    source: str | None = Field(
+        None, description="the archive, as the table's source_uri says, if the key is in several"
+    )
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class AssembleResult(Frozen):
+    """The mask that was put together."""
+
+    key: str
+    out: str
+    height: int
+    width: int
+    num_windows: int
+    runs: tuple[str, ...]
+    model_digest: str
 
 
 class RollbackConfig(Frozen):

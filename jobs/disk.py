@@ -3,10 +3,11 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from unetpp.errors import ConfigError, ImageError, StorageError
 
@@ -65,13 +66,17 @@ def find(path: str) -> tuple[str, int] | None:
     return (_etag(found), found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
-def read(path: str, etag: str | None) -> bytes:
-    """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
+def read(path: str, etag: str | None, span: tuple[int, int] | None = None) -> bytes:
+    """The file's bytes, or those from `span[0]` to `span[1]`; with `etag`, of that version or ImageError `changed` or
+    `gone`. StorageError where the file ends before the span does.
+    """
+    start, stop = span or (0, None)
     with _translated(path):
         try:
             with open(path, "rb") as file:
                 before = os.fstat(file.fileno())
-                content = file.read()
+                file.seek(start)
+                content = file.read(-1 if stop is None else stop - start)
                 after = os.fstat(file.fileno())
         except (FileNotFoundError, NotADirectoryError):
             if etag is None:
@@ -79,17 +84,35 @@ def read(path: str, etag: str | None) -> bytes:
             raise ImageError("gone", f"{path} was deleted after it was listed") from None
     if etag is not None and not etag == _etag(before) == _etag(after):
         raise ImageError("changed", f"{path} was replaced after it was listed; the next run takes it")
+    if stop is not None and len(content) != stop - start:
+        raise StorageError(f"{path}: bytes {start} to {stop} are wanted, the file ends before")
     return content
 
 
 def write(path: str, content: bytes) -> None:
     """Write the file whole, over what is there: readers see the old or the new."""
+    _replace(path, lambda temporary: _write_synced(temporary, content))
+
+
+def copy(source: str, path: str) -> None:
+    """Write a copy of the file `source`, over what is there: readers see the old or the new."""
+
+    def write_copy(temporary: str) -> None:
+        with open(source, "rb") as there, open(temporary, "xb") as here:
+            shutil.copyfileobj(there, here, 1 << 20)
+            here.flush()
+            os.fsync(here.fileno())
+
+    _replace(path, write_copy)
+
+
+def _replace(path: str, write_to: Callable[[str], None]) -> None:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:60]}.{uuid.uuid4().hex}")
     with _translated(path, writes=True):
         os.makedirs(folder or ".", exist_ok=True)
         try:
-            _write_synced(temporary, content)
+            write_to(temporary)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

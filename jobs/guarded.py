@@ -3,8 +3,9 @@
 ```
 parent  --header, content (socket)-->  child: limits, work  --answer (socket), pixels (shared memory)-->  parent
 ```
-The child is a program of its own (`jobs.guarded_child`), not a fork: it holds no credential of ours, and starts alike
-under any program. Its answers are data, never pickles, and are checked before they are believed.
+For regions of a huge image the child asks back, before it answers, for the spans of bytes that it needs: the parent
+reads them. The child is a program of its own (`jobs.guarded_child`), not a fork: it holds no credential of ours, and
+starts alike under any program. Its answers are data, never pickles, and are checked before they are believed.
 """
 
 import json
@@ -16,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,13 @@ from typing import Any, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.contract import WALL_FACTOR
+from jobs.contract import WALL_FACTOR, PredictConfig
 from unetpp.config import Bands, Level, Pages
 from unetpp.engines import Mode
 from unetpp.errors import ImageError, ImageErrorCode
 from unetpp.images import Decoded
 from unetpp.predictor import Image, Prediction
+from unetpp.tiles import Box
 
 DECODER = "unetpp.images:read_image"
 """module:function that decodes in the child: (bytes, max_pixels, pages, bands) -> Decoded."""
@@ -38,6 +40,10 @@ DECODER = "unetpp.images:read_image"
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 PREDICT_SECONDS = 600.0
 MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
+MAX_READINGS = 4
+"""How many times its size of an image may be read for one answer."""
+
+Spans = Sequence[tuple[int, int]]
 
 
 class Limits(NamedTuple):
@@ -45,6 +51,27 @@ class Limits(NamedTuple):
 
     seconds: float
     memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, config: PredictConfig) -> Self:
+        """What decoding one image may cost."""
+        return cls(config.decode_seconds, config.decode_memory_mb << 20)
+
+
+class Ranged(NamedTuple):
+    """A stored image that is read in spans of bytes. `name` is of this version of it alone."""
+
+    name: str
+    size_bytes: int
+    read: Callable[[Spans], Sequence[bytes]]
+
+
+class Measure(NamedTuple):
+    """Size of an image as it is shown; `fits`: its regions can be read."""
+
+    height: int
+    width: int
+    fits: bool
 
 
 class Child:
@@ -63,19 +90,46 @@ class Child:
         ImageError: what the child says is wrong with the image, `crash` where it died of it, `timeout` where it was
         given up.
         """
-        connection = self._begin(header, content)
+        answer = self._understood(self._answer(self._begin(header, content)))
+        return answer, self._pixels(answer)
+
+    def ask_about(self, source: Ranged, header: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.generic]]:
+        """As `ask`, of an image whose bytes the child asks for; what `source.read` raises is passed on."""
+        connection = self._begin(header | {"name": source.name, "size_bytes": source.size_bytes}, b"")
+        num_left = MAX_READINGS * source.size_bytes + KEPT_BYTES
+        while (wanted := (answer := self._answer(connection)).get("read")) is not None:
+            spans = [(int(start), int(stop)) for start, stop in wanted]
+            num_left -= sum(stop - start for start, stop in spans)
+            if num_left < 0 or any(not 0 <= start < stop <= source.size_bytes for start, stop in spans):
+                self.close()
+                raise ImageError("crash", f"the process that worked on it asked for strange bytes: {str(spans)[:200]}")
+            try:
+                for content in source.read(spans):
+                    connection.send_bytes(content)
+            except OSError:
+                raise self._death() from None
+            except BaseException:
+                self.close()  # it waits for bytes that do not come
+                raise
+        answer = self._understood(answer)
+        return answer, self._pixels(answer)
+
+    def _answer(self, connection: Connection) -> dict[str, Any]:
         wall_s = self._limits.seconds * WALL_FACTOR
         try:
             if not connection.poll(wall_s):
                 self.close()
                 raise ImageError("timeout", f"it took longer than {wall_s:g} s")
-            answer = json.loads(connection.recv_bytes(MAX_ANSWER_BYTES))
+            answer: dict[str, Any] = json.loads(connection.recv_bytes(MAX_ANSWER_BYTES))
         except (EOFError, OSError):
             raise self._death() from None
+        return answer
+
+    def _understood(self, answer: dict[str, Any]) -> dict[str, Any]:
         if answer.get("code") is not None:
             code, detail = str(answer["code"]), str(answer.get("detail", ""))
             raise ImageError(code if code in get_args(ImageErrorCode) else "crash", detail)  # type: ignore[arg-type]
-        return answer, self._pixels(answer)
+        return answer
 
     def _begin(self, header: dict[str, Any], content: bytes | memoryview) -> Connection:
         """Hand the work over; a child that died since the last time, of whatever, is replaced once."""
@@ -170,14 +224,41 @@ class DecodePool:
         for _ in range(size):
             self._idle.put(Child({"kind": "decode", "decoder": DECODER}, limits))
 
+    @classmethod
+    def of(cls, config: PredictConfig, bands: Bands | None, size: int = 1) -> Self:
+        """With the limits of a config, for a model that reads `bands`."""
+        return cls(size, max_pixels=config.max_pixels, limits=Limits.of(config), pages=config.pages, bands=bands)
+
     def decode(self, content: bytes) -> Decoded:
         """As `unetpp.images.read_image`, with its ImageErrors; also `crash` and `timeout`."""
         child = self._idle.get()
         try:
-            answer, image_HWC = child.ask(self._header, content)
-            if image_HWC.ndim != 3 or not isinstance(geo := answer.get("geo"), str | None):
-                raise ImageError("crash", f"the process that worked on it answered nonsense: {str(answer)[:200]}")
-            return Decoded(image_HWC, geo)
+            return _decoded(*child.ask(self._header, content))
+        finally:
+            self._idle.put(child)
+
+    def measure(self, source: Ranged) -> Measure:
+        """The size of an image, from its header; ImageErrors as `decode`."""
+        answer, _ = self._about(source, None)
+        height, width, fits = answer.get("measure", (0, 0, False))
+        return Measure(int(height), int(width), bool(fits))
+
+    def decode_region(self, source: Ranged, size: tuple[int, int], box: Box) -> Decoded:
+        """The pixels of an image inside a box, and where the whole of it is on Earth.
+
+        ImageErrors as `decode`, also where its size is not as it was.
+        """
+        answer, pixels = self._about(source, [box.y0, box.x0, box.y1, box.x1])
+        if (seen := tuple(answer.get("measure", ())[:2])) != size:
+            raise ImageError("decode", f"it has {seen} pixels, and had {size} when it was planned")
+        if pixels.shape[:2] != (box.height, box.width):
+            raise ImageError("crash", f"the process that worked on it gave {pixels.shape} pixels for {box}")
+        return _decoded(answer, pixels)
+
+    def _about(self, source: Ranged, box: list[int] | None) -> tuple[dict[str, Any], NDArray[np.generic]]:
+        child = self._idle.get()
+        try:
+            return child.ask_about(source, self._header | {"box": box})
         finally:
             self._idle.put(child)
 
@@ -193,6 +274,12 @@ class DecodePool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _decoded(answer: dict[str, Any], pixels: NDArray[np.generic]) -> Decoded:
+    if pixels.ndim != 3 or not isinstance(geo := answer.get("geo"), str | None):
+        raise ImageError("crash", f"the process that worked on it answered nonsense: {str(answer)[:200]}")
+    return Decoded(pixels, geo)
 
 
 class GuardedPredictor:
@@ -214,12 +301,14 @@ class GuardedPredictor:
         self.batch_images = 1
         self._child = Child(work, Limits(seconds))
 
-    def predict(self, images: Sequence[Image]) -> list[Prediction]:
+    def predict(self, images: Sequence[Image], kept: Sequence[Box | None] | None = None) -> list[Prediction]:
         """As `Predictor.predict`; ImageError `crash` or `timeout` where an image ends the child."""
-        return [self._one(image) for image in images]
+        parts = kept or [None] * len(images)
+        return [self._one(image, part) for image, part in zip(images, parts, strict=True)]
 
-    def _one(self, image: Image) -> Prediction:
-        header = {"shape": image.shape, "dtype": str(image.dtype)}
+    def _one(self, image: Image, kept: Box | None) -> Prediction:
+        box = None if kept is None else [kept.y0, kept.x0, kept.y1, kept.x1]
+        header = {"shape": image.shape, "dtype": str(image.dtype), "kept": box}
         answer, pixels = self._child.ask(header, np.ascontiguousarray(image).tobytes())
         planes_nHW = pixels.astype(np.uint8, copy=False)
         uncertainty, finite, degraded = answer["said"]

@@ -1,4 +1,4 @@
-"""What there is to do: one row per image of the archive that is not done yet, cut into shards.
+"""What there is to do: one row per image, or window of a huge one, that is not done yet, cut into shards.
 
 A manifest is a Parquet file, written once when a run opens and never changed; a shard is a range of its rows.
 """
@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from jobs import storage
 from jobs.storage import StoredObject
 from unetpp.errors import StorageError
+from unetpp.tiles import Box
 
 SHARD_BYTES = 64 << 20
 PAGE = 10_000
@@ -38,15 +39,21 @@ SCHEMA = pa.schema(
         pa.field("window_w", pa.int32(), nullable=False),
         pa.field("num_windows", pa.int32(), nullable=False),
         pa.field("window_px", pa.int32(), nullable=False),  # 0: the image is not cut
+        pa.field("height", pa.int32(), nullable=False),  # of the image; 0: not known when it was planned
+        pa.field("width", pa.int32(), nullable=False),
         pa.field("attempts", pa.int16(), nullable=False),  # of this version of the image, in earlier runs
     ]
 )
 
+_COSTS = ["size_bytes", "window_h", "window_w", "num_windows"]
+
 Identities = NDArray[np.bytes_]
+Cut = Callable[[Sequence[StoredObject], int], list[list[Box]]]
+"""(images, window_px) -> the windows of each; none for one that is not cut."""
 
 
 class ManifestRow(NamedTuple):
-    """One image to do; the columns of SCHEMA."""
+    """One image to do, or one window of a huge one; the columns of SCHEMA."""
 
     shard: int
     key: str
@@ -58,6 +65,8 @@ class ManifestRow(NamedTuple):
     window_w: int
     num_windows: int
     window_px: int
+    height: int
+    width: int
     attempts: int
 
 
@@ -68,7 +77,7 @@ class Shard(NamedTuple):
     start: int
     stop: int
     size_bytes: int = 0
-    """Of its images as they are stored: what its work is guessed by."""
+    """Of its images as they are stored, its windows as they are in memory: what its work is guessed by."""
 
     @property
     def num_images(self) -> int:
@@ -77,7 +86,7 @@ class Shard(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A manifest to be, and how many of the listed images it leaves alone."""
+    """A manifest to be, and how many of the listed images it leaves alone. Windows of an image count as images."""
 
     table: pa.Table
     num_listed: int
@@ -97,11 +106,22 @@ class DoneBefore(Protocol):
     def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
         """(needs nothing now, attempts so far) of each identity."""
 
+    def attempts(self, identities: Identities) -> NDArray[np.int16]:
+        """Attempts so far of each identity."""
+
+    def num_windows(self, identities: Identities) -> NDArray[np.int32]:
+        """The windows of each image that has some, none of which needs anything now; see `whole_identity`."""
+
 
 def identity(source: str, key: str, etag: str, *window: int) -> bytes:
     """16 bytes that stand for one version of one image (and window: y, x, num_windows, window_px) of an archive."""
     text = "\0".join([source, key, etag, *map(str, window)])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def whole_identity(source: str, key: str, etag: str, window_px: int) -> bytes:
+    """16 bytes that stand for one version of one image, all of whose windows of a grid are meant."""
+    return identity(source, key, etag, -1, -1, -1, window_px)
 
 
 def matcher(include: Iterable[str]) -> Callable[[str], bool]:
@@ -111,24 +131,48 @@ def matcher(include: Iterable[str]) -> Callable[[str], bool]:
 
 
 def plan(
-    listing: Iterable[StoredObject], *, source: str, include: Iterable[str], done: DoneBefore, shard_images: int
+    listing: Iterable[StoredObject],
+    *,
+    source: str,
+    include: Iterable[str],
+    done: DoneBefore,
+    shard_images: int,
+    cut: Cut | None = None,
+    window_px: int = 0,
 ) -> Plan:
-    """Choose what matches and is not done, sort it by key and cut it into shards."""
+    """Choose what matches and is not done, sort it by key and cut it into shards.
+
+    With `cut`, images larger than `window_px` become windows. One of whose windows some are not done is planned whole.
+    """
     is_image = matcher(include)
     num_listed, num_others = 0, 0
     pages = [SCHEMA.empty_table()]
     for page in _pages(listing):
         images = [found for found in page if is_image(found.key)]
         num_others += len(page) - len(images)
-        num_listed += len(images)
-        identities = np.array([identity(source, key, etag, 0, 0, 1, 0) for key, etag, _ in images], "S16")
-        is_done, attempts = done.lookup(identities)
-        chosen = [found for found, skip in zip(images, is_done, strict=True) if not skip]
-        pages.append(_table(chosen, attempts[~is_done]))
+        todo, attempts, num_done = _not_done(images, source, done, window_px if cut else 0)
+        boxes = cut(todo, window_px) if cut else [[]] * len(todo)
+        pages.append(_table(todo, boxes, attempts, source, window_px, done))
+        num_listed += num_done + len(pages[-1])
     table = _by_key(pa.concat_tables(pages))
-    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
-    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
-    return Plan(table, num_listed, num_listed - len(table), num_others)
+    return Plan(_in_shards(table, shard_images), num_listed, num_listed - len(table), num_others)
+
+
+def _not_done(
+    images: list[StoredObject], source: str, done: DoneBefore, window_px: int
+) -> tuple[list[StoredObject], NDArray[np.int16], int]:
+    """(images to do, the attempts of each so far, rows that need nothing now)."""
+    names = np.array([identity(source, found.key, found.etag, 0, 0, 1, 0) for found in images], "S16")
+    is_done, attempts = done.lookup(names)
+    num_done = int(is_done.sum())
+    if window_px and not is_done.all():
+        rest = np.flatnonzero(~is_done)
+        wholes = [whole_identity(source, images[n].key, images[n].etag, window_px) for n in rest]
+        num_windows = done.num_windows(np.array(wholes, "S16"))
+        is_done[rest[num_windows > 0]] = True
+        num_done += int(num_windows.sum())
+    todo = [found for found, skip in zip(images, is_done, strict=True) if not skip]
+    return todo, attempts[~is_done], num_done
 
 
 def plan_again(manifest: pa.Table, attempts: Mapping[tuple[str, int, int], int], *, shard_images: int) -> Plan:
@@ -138,9 +182,7 @@ def plan_again(manifest: pa.Table, attempts: Mapping[tuple[str, int, int], int],
     table = manifest.filter(pa.array([number is not None for number in tried], pa.bool_()))
     again = pa.array([number for number in tried if number is not None], pa.int16())
     table = table.set_column(SCHEMA.get_field_index("attempts"), SCHEMA.field("attempts"), again)
-    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
-    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
-    return Plan(table, len(table), 0, 0)
+    return Plan(_in_shards(table, shard_images), len(table), 0, 0)
 
 
 def encode(table: pa.Table) -> bytes:
@@ -160,11 +202,11 @@ def read(manifest_uri: str, sha256: str, columns: Sequence[str] = SCHEMA.names) 
 
 def shards(manifest_uri: str, sha256: str) -> list[Shard]:
     """Every shard of a manifest; StorageError as `read`."""
-    table = read(manifest_uri, sha256, ["shard", "size_bytes"])
+    table = read(manifest_uri, sha256, ["shard", *_COSTS])
     numbers = table["shard"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     stops = np.append(starts[1:], len(numbers))
-    sizes = np.add.reduceat(table["size_bytes"].to_numpy(), starts)
+    sizes = np.add.reduceat(_cost_bytes(table), starts)
     places = zip(numbers[starts].tolist(), starts.tolist(), stops.tolist(), sizes.tolist(), strict=True)
     return [Shard._make(place) for place in places]
 
@@ -196,22 +238,43 @@ def _pages(listing: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
         yield page
 
 
-def _table(images: list[StoredObject], attempts: NDArray[np.int16]) -> pa.Table:
-    zeros = np.zeros(len(images), np.int32)
-    columns = {
-        "shard": zeros,
-        "key": [found.key for found in images],
-        "etag": [found.etag for found in images],
-        "size_bytes": [found.size_bytes for found in images],
-        "window_y": zeros,
-        "window_x": zeros,
-        "window_h": zeros,
-        "window_w": zeros,
-        "num_windows": zeros + 1,
-        "window_px": zeros,
-        "attempts": attempts,
-    }
-    return pa.table(columns, schema=SCHEMA)
+def _table(
+    images: list[StoredObject],
+    boxes: list[list[Box]],
+    attempts: NDArray[np.int16],
+    source: str,
+    window_px: int,
+    done: DoneBefore,
+) -> pa.Table:
+    """A row an image, or a row a window where it has boxes."""
+    of_rows = np.repeat(np.arange(len(images)), [max(1, len(windows)) for windows in boxes])
+    columns: dict[str, NDArray[Any]] = {name: np.zeros(len(of_rows), np.int32) for name in SCHEMA.names}
+    columns["num_windows"] += 1
+    columns["attempts"] = attempts[of_rows]
+    starts = np.searchsorted(of_rows, np.arange(len(images)))
+    for found, windows, start in zip(images, boxes, starts.tolist(), strict=True):
+        if windows:
+            num, rows = len(windows), slice(start, start + len(windows))
+            places = np.array([(box.y0, box.x0, box.height, box.width) for box in windows], np.int32)
+            for name, values in zip(("window_y", "window_x", "window_h", "window_w"), places.T, strict=True):
+                columns[name][rows] = values
+            columns["num_windows"][rows], columns["window_px"][rows] = num, window_px
+            columns["height"][rows], columns["width"][rows] = windows[-1].y1, windows[-1].x1
+            names = [identity(source, found.key, found.etag, box.y0, box.x0, num, window_px) for box in windows]
+            columns["attempts"][rows] = done.attempts(np.array(names, "S16"))
+    listed = {name: [getattr(images[n], name) for n in of_rows.tolist()] for name in StoredObject._fields}
+    return pa.table(columns | listed, schema=SCHEMA)
+
+
+def _in_shards(table: pa.Table, shard_images: int) -> pa.Table:
+    shards = _cut(_cost_bytes(table), shard_images)
+    return table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
+
+
+def _cost_bytes(table: pa.Table) -> NDArray[np.int64]:
+    """What a row's work is guessed by: the image as it is stored, a window as 8-bit colour in memory."""
+    size, height, width, num_windows = (table[name].to_numpy().astype(np.int64) for name in _COSTS)
+    return np.where(num_windows > 1, 3 * height * width, size)
 
 
 def _cut(sizes: NDArray[np.int64], shard_images: int) -> NDArray[np.int32]:

@@ -79,7 +79,9 @@ class _Call:
                 "choose an output beside it"
             )
         predictor = load_predictor(models.canonical(config.model), config, config.threads)
-        archive = Archive(source_uri, output_uri, predictor.digest, config, self._parent, self._only)
+        archive = Archive(
+            source_uri, output_uri, predictor.digest, config, self._parent, self._only, predictor.config.bands
+        )
         self._archive = archive
         while True:
             opening = open_run(archive, waiting=[run for sealed in self._sealed for run in sealed.runs])

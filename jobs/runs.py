@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from jobs import manifest, models, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
 from jobs.manifest import Shard
+from unetpp.config import Bands
 from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Archive:
     """Of a retry: the run whose failed images are tried again."""
     only: tuple[str, ...] = ()
     """Of a retry: the error codes that are; none: all."""
+    bands: Bands | None = None
+    """Channels of the files that the model reads, where it does not read grey or RGB."""
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +80,7 @@ class Archive:
                 "digest": self.model_digest,
                 "write": sorted(set(self.config.write)),
                 "shard_images": self.config.shard_images,
-                "window_px": 0,
+                "window_px": self.config.window_px,
                 "parent": None if self.parent is None else [self.parent, *sorted(set(self.only))],
             }
         )
@@ -175,13 +178,19 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
             done = done_by(None)
         case "backfill":
             done = table.DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
-    plan = manifest.plan(
-        storage.list_objects(archive.source_uri),
-        source=storage.plain(archive.source_uri),
-        include=archive.config.include,
-        done=done,
-        shard_images=archive.config.shard_images,
-    )
+    from jobs.windows import Headers  # it loads torch, which looking after runs does without
+
+    config = archive.config
+    with Headers(archive.source_uri, config, archive.bands) as headers:
+        plan = manifest.plan(
+            storage.list_objects(archive.source_uri),
+            source=storage.plain(archive.source_uri),
+            include=config.include,
+            done=done,
+            shard_images=config.shard_images,
+            cut=headers.windows_of if config.window_px else None,
+            window_px=config.window_px,
+        )
     if not plan.num_listed:
         others = f"; {plan.num_others} other object(s) are there" if plan.num_others else ""
         raise ConfigError(

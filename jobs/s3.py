@@ -90,16 +90,20 @@ class S3:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def read(self, uri: str, etag: str | None) -> bytes:
-        """The object's bytes; with `etag`, of that version or ImageError `changed`, `gone` or `integrity`."""
+    def read(self, uri: str, etag: str | None, span: tuple[int, int] | None = None) -> bytes:
+        """The object's bytes, or those from `span[0]` to `span[1]`; with `etag`, of that version or ImageError
+        `changed`, `gone` or `integrity`.
+        """
         bucket, key = split(uri)
-        version = {} if etag is None else {"IfMatch": f'"{etag}"'}
+        asked = {} if etag is None else {"IfMatch": f'"{etag}"'}
+        if span is not None:
+            asked["Range"] = f"bytes={span[0]}-{span[1] - 1}"
 
         num_damaged = 0
 
         async def get() -> bytes:
             nonlocal num_damaged
-            response = await self._client._call_s3("get_object", Bucket=bucket, Key=key, **version)
+            response = await self._client._call_s3("get_object", Bucket=bucket, Key=key, **asked)
             size_bytes = response["ContentLength"]
             try:
                 async with response["Body"] as body:
@@ -108,7 +112,7 @@ class S3:
                     content: bytes = await asyncio.wait_for(reading, STALL_TIMEOUT_S + size_bytes / MIN_BYTES_PER_S)
             except (aiohttp.ClientError, RuntimeError) as error:  # aiohttp's for a body that ends early
                 raise ConnectionClosedError(endpoint_url=uri) from error
-            if (why := _damage(response, content)) is not None:
+            if (why := _damage(response, content, span)) is not None:
                 num_damaged += 1
                 raise Damaged(why) if num_damaged < DAMAGED_TRIES else Corrupt(why)
             return content
@@ -338,10 +342,14 @@ def _endpoint_of(profile: str) -> str | None:
     return settings.get("endpoint_url") or f"https://s3.{region}.amazonaws.com"
 
 
-def _damage(response: Mapping[str, Any], content: bytes) -> str | None:
+def _damage(response: Mapping[str, Any], content: bytes, span: tuple[int, int] | None = None) -> str | None:
     """What is wrong with a body, None for nothing. An ETag is the MD5 of what was put in one piece, not encrypted."""
     if len(content) != response["ContentLength"]:
         return f"{len(content)} bytes came of {response['ContentLength']}"
+    if span is not None:
+        wanted = f"bytes {span[0]}-{span[1] - 1}/"
+        came = response.get("ContentRange", f"bytes 0-{len(content) - 1}/")
+        return None if came.startswith(wanted) else f"{came} came, {wanted[:-1]} was wanted"
     etag = response["ETag"].strip('"')
     if not re.fullmatch("[0-9a-f]{32}", etag) or "kms" in response.get("ServerSideEncryption", ""):
         return None

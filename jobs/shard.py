@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from jobs import hints, manifest, sink, storage
+from jobs import hints, manifest, sink, storage, windows
 from jobs.contract import WALL_FACTOR, ExitCode, PredictConfig
-from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor, Limits
+from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor, Ranged
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
-from unetpp.config import Bands
+from unetpp.config import ModelConfig
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
 from unetpp.images import decode_mask, encode_image, encode_mask
 from unetpp.predictor import Image, Prediction, Predictor
+from unetpp.tiles import Box
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Item(NamedTuple):
     error: ImageError | None
     seconds: float
     geo: str | None = None
+    kept: Box | None = None
+    """Of a window: where it lies in what was read, which is more."""
 
 
 class Outcome(NamedTuple):
@@ -85,13 +88,21 @@ class Outcome(NamedTuple):
     geo: str | None = None
 
 
-def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Iterator[Item]:
-    """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad."""
+def read_shard(
+    task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool, model: ModelConfig
+) -> Iterator[Item]:
+    """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad.
+
+    Of an image that is cut into windows, what `model` wants for each is read by itself.
+    """
     rows = manifest.read_rows(task.manifest_uri, shard)
 
-    def fetch(row: ManifestRow) -> bytes | ImageError:
+    def fetch(row: ManifestRow) -> bytes | Ranged | ImageError:
+        uri = storage.join(task.source_uri, row.key)
+        if row.num_windows > 1:
+            return windows.ranged(uri, row.etag, row.size_bytes, threads)
         try:
-            return storage.read_bytes(storage.join(task.source_uri, row.key), row.etag)
+            return storage.read_bytes(uri, row.etag)
         except ImageError as error:
             return error
 
@@ -99,13 +110,17 @@ def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: 
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue
-        started = time.perf_counter()
+        started, part = time.perf_counter(), windows.reading(row, model)
         try:
-            image_HWC, geo = decoders.decode(content)
+            if isinstance(content, bytes):
+                decoded = decoders.decode(content)
+            else:
+                assert part is not None
+                decoded = decoders.decode_region(content, (row.height, row.width), part.outer)
         except ImageError as refused:
             yield Item(row, None, refused, time.perf_counter() - started)
             continue
-        yield Item(row, image_HWC, None, time.perf_counter() - started, geo)
+        yield Item(row, decoded.image_HWC, None, time.perf_counter() - started, decoded.geo, part and part.kept)
 
 
 def predict_shard(predictor: Predictor | GuardedPredictor, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -123,10 +138,11 @@ def predict_shard(predictor: Predictor | GuardedPredictor, items: Iterable[Item]
 
 def _predict(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iterator[Outcome]:
     images = [item.image_HWC for item in batch if item.image_HWC is not None]
+    kept = [item.kept for item in batch if item.image_HWC is not None]
     started = time.perf_counter()
     failure: ImageError | None = None
     try:
-        predictions = iter(predictor.predict(images) if images else ())
+        predictions = iter(predictor.predict(images, kept) if images else ())
     except Exception as error:  # the guard of a row: whatever one image does, the others go on
         if len(batch) > 1:
             for item in batch:
@@ -188,6 +204,8 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "geo": geo,
         "schema_version": sink.SCHEMA_VERSION,
     }
+    if row.num_windows > 1:
+        columns |= {name: getattr(row, name) for name in ("window_h", "window_w", "height", "width")}
     if prediction is None:
         assert error is not None
         return columns | {"seconds": seconds, "error_code": error.code, "error": error.detail}
@@ -196,8 +214,8 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     return columns | {
         "window_h": height,
         "window_w": width,
-        "height": height,
-        "width": width,
+        "height": row.height or height,
+        "width": row.width or width,
         "mask_png": encode_mask(mask_HW, predictor.num_classes),
         "probability_png": None if (found := prediction.probability_HW) is None else encode_image(found),
         "class_pixels": _class_pixels(mask_HW, predictor.num_classes),
@@ -212,7 +230,8 @@ def _put_pngs(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, An
 
     Where one is, its bytes go into the row: row and PNG always agree.
     """
-    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"])
+    window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
+    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"], window)
     row = row | {"mask_uri": storage.plain(uri)}
     if (png := row["probability_png"]) is not None:
         row["probability_png"] = _put_png(sink.probability_uri(uri), png, task)
@@ -257,7 +276,7 @@ class Worker:
 
     @cached_property
     def _decoders(self) -> DecodePool:
-        return new_decoders(self.task.config, self.predictor.config.bands)
+        return DecodePool.of(self.task.config, self.predictor.config.bands)
 
     def __call__(self, shard: Shard) -> Footer | None:
         """Do one shard; nothing but a look where it is committed already. None where the call is to end.
@@ -284,7 +303,8 @@ class Worker:
             self._predictor_after(seen.num_tries) as predictor,
         ):
             self.predictor.on_forward = watch.sign
-            items = watch.through("read", read_shard(self.task, shard, self._threads, self._decoders))
+            images = read_shard(self.task, shard, self._threads, self._decoders, self.predictor.config)
+            items = watch.through("read", images)
             outcomes = watch.through("predict", predict_shard(predictor, items))
             return write_shard(self.task, shard, self.predictor, outcomes, self._threads)
 
@@ -328,12 +348,6 @@ class Worker:
         self._threads.shutdown(cancel_futures=True)
         if "_decoders" in self.__dict__:  # it was used
             self._decoders.close()
-
-
-def new_decoders(config: PredictConfig, bands: Bands | None = None) -> DecodePool:
-    """Decoders with the limits of a config, of a model that reads `bands`; the caller closes them."""
-    limits = Limits(config.decode_seconds, config.decode_memory_mb << 20)
-    return DecodePool(1, max_pixels=config.max_pixels, limits=limits, pages=config.pages, bands=bands)
 
 
 def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:

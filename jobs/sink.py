@@ -2,7 +2,7 @@
 
 ```
 <output>/table/model=m<digest10>/run=<run id>/part-00000.parquet     the part: putting it is the commit
-<output>/png/model=m<digest10>/run=<run id>/<escaped key>.png             and <escaped key>.probability.png
+<output>/png/model=m<digest10>/run=<run id>/<escaped key>[.y<row>_x<column>][.probability].png
 <output>/runs/<run id>/...
 ```
 """
@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
 )
 
 COMPRESSION = {name: "none" if name.endswith("_png") else "zstd" for name in SCHEMA.names}
-DICTIONARIES = ["source_uri", "model_digest", "degraded", "error_code"]
+DICTIONARIES = ["source_uri", "geo", "model_digest", "degraded", "error_code"]
 
 _FOOTER_KEY = b"unetpp"
 _MAX_COMPONENT = 200
@@ -173,7 +173,7 @@ def footer_of(rows: Sequence[dict[str, Any]], *, run: str, manifest_sha256: str,
         num_predicted=len(rows) - failures.total(),
         num_failed=failures.total(),
         failures=dict(sorted(failures.items())),
-        megapixels=sum(row["height"] * row["width"] for row in rows if row["error_code"] is None) / 1e6,
+        megapixels=sum(row["window_h"] * row["window_w"] for row in rows if row["error_code"] is None) / 1e6,
         seconds=seconds,
         committed_at=time.time(),
     )

@@ -107,6 +107,18 @@ def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
     return s3.connect(place).read(place, etag) if is_remote(place) else disk.read(place, etag)
 
 
+def read_range(uri: str | Path, start: int, stop: int, etag: str | None = None) -> bytes:
+    """Bytes `start` to `stop` of the object, of that version where an `etag` is given; errors as `read_bytes`.
+
+    The range must lie within the object. A part of a body has no checksum to compare: only its length is.
+    """
+    assert 0 <= start < stop, (start, stop)
+    place = _object(uri)
+    if is_remote(place):
+        return s3.connect(place).read(place, etag, (start, stop))
+    return disk.read(place, etag, (start, stop))
+
+
 def read_json(uri: str | Path) -> Any:
     """The object's content, parsed. StorageError where it is no JSON."""
     try:
@@ -122,6 +134,15 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
         s3.connect(place).write(place, content)
     else:
         disk.write(place, content)
+
+
+def upload_file(path: str | Path, uri: str | Path) -> None:
+    """Copy a local file to a URI, over what is there: readers see the old or the new."""
+    place = _object(uri)
+    if is_remote(place):
+        s3.connect(place).write(place, Path(path).read_bytes())
+    else:
+        disk.copy(os.fspath(path), place)
 
 
 def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = None) -> bool:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.contract import (
+    AssembleResult,
     CompactResult,
     EvaluateResult,
     ExplainResult,
@@ -64,6 +65,10 @@ def show(result: BaseModel, console: Console) -> None:
             _line(console, "removed" if result.deleted else "would remove", f"{found}: {size}")
             if result.objects and not result.deleted:
                 _line(console, "note", "nothing was removed; --delete does it")
+        case AssembleResult():
+            windows = "1 mask" if result.num_windows == 1 else f"{result.num_windows} windows"
+            _line(console, "assembled", f"{result.key}: {windows}, {result.height} x {result.width}")
+            _line(console, "mask", result.out)
         case ForgetResult():
             _line(console, "forgotten", f"{result.key}: {result.num_rows} row(s) of {', '.join(result.runs)}")
         case RollbackResult():

@@ -4,10 +4,11 @@
 and Spark read it as is. A part is there whole or not at all, so every row that is there counts.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs import sink, storage
-from jobs.manifest import Identities, identity
+from jobs.manifest import Identities, identity, whole_identity
 from jobs.sink import Footer
 from unetpp.errors import PERMANENT_IMAGE_ERRORS
 
@@ -26,6 +27,7 @@ Place = tuple[str, int, int]
 """Key, window_y, window_x."""
 
 PLACE = ["source_uri", "key", "window_y", "window_x"]
+GRID = ["etag", "num_windows", "window_px"]
 _IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
 
 
@@ -97,6 +99,8 @@ def read_rows(parts: Sequence[Part], columns: Sequence[str]) -> pa.Table:
 def read_masks(output: str, model: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """The newest row of every image (and window), failed ones included, with its `run`; newest first.
 
+    The windows of an image are those of its newest version and grid: older ones are not mixed in.
+
     Args:
         output: the output of the runs.
         model: the digest, whole or its first ten digits, of the model whose rows count; None: those of every model.
@@ -104,20 +108,39 @@ def read_masks(output: str, model: str | None = None, columns: Sequence[str] | N
     """
     by_run = parts_by_run(list_parts(storage.canonical(output), model))
     wanted = list(columns or sink.SCHEMA.names)
-    names = list(dict.fromkeys([*wanted, *PLACE]))
-    seen: set[bytes] = set()
+    names = list(dict.fromkeys([*wanted, *PLACE, *GRID]))
+    newest_only = NewestOnly()
     newest = [read_rows([], wanted).append_column("run", pa.array([], pa.string()))]
     for run in sorted(by_run, reverse=True):
         for batch in scan(by_run[run], names):
-            fresh = []
-            for number, place in enumerate(batch.select(PLACE).to_pylist()):
-                name = identity(place["source_uri"], place["key"], "", place["window_y"], place["window_x"])
-                if name not in seen:
-                    seen.add(name)
-                    fresh.append(number)
+            rows = batch.select([*PLACE, *GRID]).to_pylist()
+            fresh = [number for number, row in enumerate(rows) if newest_only.takes(row)]
             chosen = pa.Table.from_batches([batch.take(pa.array(fresh, pa.int64()))]).select(wanted)
             newest.append(chosen.append_column("run", pa.array([run] * len(fresh), pa.string())))
     return pa.concat_tables(newest)
+
+
+class NewestOnly:
+    """Tells, of rows that come newest first, which are the newest of their image, or of a window of its newest grid."""
+
+    def __init__(self) -> None:
+        self._grids: dict[bytes, bytes] = {}
+        self._windows: set[bytes] = set()
+
+    def takes(self, row: Mapping[str, Any]) -> bool:
+        """Whether no newer row stands in its place."""
+        image = identity(row["source_uri"], row["key"], "")
+        is_window = row["num_windows"] > 1
+        grid = identity("", "", row["etag"], row["num_windows"], row["window_px"]) if is_window else b""
+        if image in self._grids and (not is_window or self._grids[image] != grid):
+            return False
+        self._grids[image] = grid
+        window = identity(row["source_uri"], row["key"], "", row["window_y"], row["window_x"]) if is_window else b""
+        if window in self._windows:
+            return False
+        if is_window:
+            self._windows.add(window)
+        return True
 
 
 def newest_view(output: str, model: str | None = None, name: str = "masks") -> str:
@@ -130,11 +153,31 @@ def newest_view(output: str, model: str | None = None, name: str = "masks") -> s
     """
     folder = "*" if model is None else sink.model_folder(model)
     files = storage.join(storage.canonical(output), "table", folder, "*", "*.parquet")
-    place = ", ".join(PLACE)
+    place, image = ", ".join(PLACE), ", ".join(PLACE[:2])
+    grid = f"struct_pack({', '.join(GRID)})"
     return (
         f"create or replace view {name} as select * from read_parquet('{files.replace(chr(39), chr(39) * 2)}', "
-        f"hive_partitioning = true) qualify row_number() over (partition by {place} order by run desc) = 1"
+        f"hive_partitioning = true) qualify row_number() over (partition by {place} order by run desc) = 1 "
+        f"and {grid} = first_value({grid}) over (partition by {image} order by run desc)"
     )
+
+
+class _Windows(NamedTuple):
+    """Rows of windows, column by column. Those of several models are no image together."""
+
+    identities: Identities
+    """Of window and model."""
+    settled: NDArray[np.bool_]
+    grids: Identities
+    """Of image version, grid and model."""
+    wholes: Identities
+    """Of image version and grid."""
+    nums: NDArray[np.int32]
+    """Windows of the grid."""
+
+
+def _of(model: str, name: bytes) -> bytes:
+    return hashlib.blake2b(model.encode() + b"\0" + name, digest_size=16).digest()
 
 
 class Done:
@@ -147,12 +190,32 @@ class Done:
         self._settled = bytearray()
         self._open, self._attempts = np.empty(0, "S16"), np.empty(0, np.int16)
         self._run: list[tuple[Identities, NDArray[np.int16]]] = []
+        self._windows: list[_Windows] = []
 
     def add(self, identities: Identities, settled: NDArray[np.bool_], attempts: NDArray[np.int16]) -> None:
         """Some rows of a run: of each its image version, whether it needs nothing now, and its attempts."""
         fresh = ~self._is_open(identities)[0]
         self._settled += identities[fresh & settled].tobytes()
         self._run.append((identities[fresh & ~settled], attempts[fresh & ~settled]))
+
+    def add_windows(self, source: str, rows: Sequence[Mapping[str, Any]], settled: NDArray[np.bool_]) -> None:
+        """The windows among some rows of a run, which are also added as such."""
+        numbers = [number for number, row in enumerate(rows) if row["num_windows"] > 1]
+        if not numbers:
+            return
+        found = [rows[number] for number in numbers]
+        models = [row["model_digest"] for row in found]
+        wholes = [whole_identity(source, row["key"], row["etag"], row["window_px"]) for row in found]
+        windows = [identity(source, *(row[name] for name in _IDENTITY)) for row in found]
+        self._windows.append(
+            _Windows(
+                np.array([_of(model, window) for model, window in zip(models, windows, strict=True)], "S16"),
+                settled[numbers],
+                np.array([_of(model, whole) for model, whole in zip(models, wholes, strict=True)], "S16"),
+                np.array(wholes, "S16"),
+                np.array([row["num_windows"] for row in found], np.int32),
+            )
+        )
 
     def end_run(self) -> None:
         """All rows of a run are added; the next ones are of an older run."""
@@ -165,6 +228,31 @@ class Done:
         """(needs nothing now, attempts so far) of each identity; (False, 0) for an unknown one."""
         settled = _find(self._sorted, identities)[0]  # a newer run's word, if an older one left it open
         return settled, np.where(settled, 0, self._is_open(identities)[1]).astype(np.int16)
+
+    def attempts(self, identities: Identities) -> NDArray[np.int16]:
+        """Attempts so far of each identity."""
+        return self.lookup(identities)[1]
+
+    def num_windows(self, identities: Identities) -> NDArray[np.int32]:
+        """The windows of each image (`manifest.whole_identity`) whose windows are all settled; 0 for any other."""
+        complete, nums = self._complete
+        is_there, at = _find(complete, identities)
+        found = np.zeros(len(identities), np.int32)
+        found[is_there] = nums[at[is_there]]
+        return found
+
+    @cached_property
+    def _complete(self) -> tuple[Identities, NDArray[np.int32]]:
+        """The images, sorted, of which the newest row of every window is settled, and their numbers of windows."""
+        if not self._windows:
+            return np.empty(0, "S16"), np.empty(0, np.int32)
+        every = _Windows(*(np.concatenate(columns) for columns in zip(*self._windows, strict=True)))
+        newest = np.unique(every.identities, return_index=True)[1]  # the first of each: newer runs came first
+        newest = newest[every.settled[newest]]
+        _, first, counts = np.unique(every.grids[newest], return_index=True, return_counts=True)
+        complete = newest[first][counts == every.nums[newest][first]]
+        wholes, one = np.unique(every.wholes[complete], return_index=True)
+        return wholes, every.nums[complete][one]
 
     @cached_property
     def _sorted(self) -> Identities:
@@ -199,10 +287,24 @@ class DoneWithin:
     def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
         """(needs nothing now, attempts so far) of each identity."""
         settled, attempts = self._by_any.lookup(identities)
-        older = np.flatnonzero(settled & ~self._by_this.lookup(identities)[0])[: self._budget]
-        self._budget -= len(older)
-        settled[older] = False
+        settled[self._again(settled, self._by_this.lookup(identities)[0])] = False
         return settled, attempts
+
+    def attempts(self, identities: Identities) -> NDArray[np.int16]:
+        """Attempts so far of each identity."""
+        return self._by_any.attempts(identities)
+
+    def num_windows(self, identities: Identities) -> NDArray[np.int32]:
+        """The windows of each image whose windows are all settled; an image is one of the budget, however large."""
+        nums = self._by_any.num_windows(identities)
+        nums[self._again(nums > 0, self._by_this.num_windows(identities) > 0)] = 0
+        return nums
+
+    def _again(self, by_any: NDArray[np.bool_], by_this: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Which of the images that only older models have done are done again now."""
+        older = np.flatnonzero(by_any & ~by_this)[: self._budget]
+        self._budget -= len(older)
+        return older
 
 
 def done_before(
@@ -231,13 +333,13 @@ def done_before(
     done = Done()
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
-        for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"]):
+        for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
             rows = [row for row in batch.to_pylist() if row["source_uri"] == source]
-            done.add(
-                np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"),
-                np.array([covers and _is_settled(row, run in waiting) for row in rows], bool),
-                np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16),
-            )
+            identities = np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16")
+            settled = np.array([covers and _is_settled(row, run in waiting) for row in rows], bool)
+            attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
+            done.add(identities, settled, attempts)
+            done.add_windows(source, rows, settled)
         done.end_run()
     return done
 
@@ -257,12 +359,18 @@ def still_failed(
     by_run = parts_by_run(list_parts(output, digest))
     failed: dict[Place, int] = {}
     sources: set[str] = set()
+    windows: dict[str, tuple[tuple[object, ...], set[Place]]] = {}  # of the run: grid and places of an image
     for number in sorted(name for name in by_run if name >= run):
-        for batch in scan(by_run[number], [*PLACE, "error_code", "attempts"]):
+        for batch in scan(by_run[number], [*PLACE, *GRID, "error_code", "attempts"]):
             for row in batch.to_pylist():
-                place = (row["key"], row["window_y"], row["window_x"])
+                place, grid = (row["key"], row["window_y"], row["window_x"]), tuple(row[name] for name in GRID)
                 if number == run:
                     sources.add(row["source_uri"])
+                    if row["num_windows"] > 1:
+                        windows.setdefault(row["key"], (grid, set()))[1].add(place)
+                elif row["source_uri"] in sources and windows.get(row["key"], (grid,))[0] != grid:
+                    for other in windows.pop(row["key"])[1]:  # of a newer version or grid, which is what counts now
+                        failed.pop(other, None)
                 if row["source_uri"] not in sources or (number != run and place not in failed):
                     continue
                 failed.pop(place, None)

@@ -76,7 +76,7 @@ def read_image(
     Raises ImageError: `too_large` when height x width is above `max_pixels` (checked on the header, before any pixel
     is decoded) or memory runs out, `decode` for everything else.
     """
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         if is_tiff(data):
             image, geo = decode_tiff(data, max_pixels, pages, bands)
         else:
@@ -91,7 +91,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, bands: Bands | No
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width that `decode_image` would give, from the header alone; raises ImageError as it does."""
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         if is_tiff(data):
             return tiff_size(data, max_pixels)
         picture = open_picture(data, max_pixels)
@@ -166,7 +166,7 @@ def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None,
 def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.NDArray[np.bool_]:
     """Where the file says `ignore`: an index where it is a palette file, else a value in every channel."""
     if image.shape[2] > 1:
-        with _failures_as_image_errors():
+        with failures_as_image_errors():
             is_palette = open_picture(data, max_pixels).mode == "P"
         if is_palette:
             return np.asarray(_palette_indices(data, max_pixels) == ignore)
@@ -175,7 +175,7 @@ def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.
 
 def _palette_indices(data: bytes, max_pixels: int) -> Array:
     """Indices of a palette file that the strict decoders have already found whole: they give its colours only."""
-    with _failures_as_image_errors():
+    with failures_as_image_errors():
         picture = open_picture(data, max_pixels)
         if picture.mode != "P":
             raise ImageError("decode", "a mask of several classes must be a grey or palette image, not RGB")
@@ -193,8 +193,8 @@ def _palette(num_classes: int) -> bytes:
 
 
 @contextmanager
-def _failures_as_image_errors() -> Iterator[None]:
-    """The boundary of this module: decoders fail in many ways on bad bytes, callers see one."""
+def failures_as_image_errors() -> Iterator[None]:
+    """The boundary around decoders: they fail in many ways on bad bytes, callers see one."""
     try:
         yield
     except ImageError:

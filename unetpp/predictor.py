@@ -29,6 +29,7 @@ from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.model import UNetPlusPlus
 from unetpp.prune import prune
+from unetpp.tiles import Box
 
 MIN_TILE_PX = 64
 """Smaller tiles would be nearly all halo. A multiple of every pad_multiple."""
@@ -43,9 +44,10 @@ Image = Pixels
 class Prediction:
     """The mask of one image.
 
-    mask_HW: class ids, uint8, the image's own size. uncertainty: 0 (sure of every pixel) .. 1 (a coin for each).
-    finite: False when the network gave NaN or infinity: the mask is then worthless. degraded: what was reduced to fit
-    into memory, None for nothing. probability_HW: of the foreground (all but class 0), 0 .. 255, if it was asked for.
+    mask_HW: class ids, uint8, the image's own size, or that of the part that was predicted. uncertainty: 0 (sure of
+    every pixel) .. 1 (a coin for each). finite: False when the network gave NaN or infinity: the mask is then
+    worthless. degraded: what was reduced to fit into memory, None for nothing. probability_HW: of the foreground (all
+    but class 0), 0 .. 255, of the mask's size, if it was asked for.
     """
 
     mask_HW: NDArray[np.uint8]
@@ -130,8 +132,12 @@ class Predictor:
         """Masks of class ids, uint8 HW, each of its image's size."""
         return [prediction.mask_HW for prediction in self.predict(images)]
 
-    def predict(self, images: Sequence[Image]) -> list[Prediction]:
+    def predict(self, images: Sequence[Image], kept: Sequence[Box | None] | None = None) -> list[Prediction]:
         """Masks with their uncertainty. Tiles of one shape share forwards where the engine gains from it.
+
+        `kept` names the part of each image that is predicted, None: all. The rest is its surroundings: for a region of
+        a larger image whose mask is to be the larger image's, `ModelConfig.halo_px` on every side that is no border,
+        and a corner on the larger image's `pad_multiple` grid (see `tiles.plan_tiles`).
 
         Where memory runs out, smaller batches are tried, then smaller tiles: that is in `degraded`, and the masks are
         the same ones. ImageError `crash` where nothing helps.
@@ -139,7 +145,7 @@ class Predictor:
         batch_tiles, tile_px, degraded = self.engine.batch_tiles, self.tile_px, None
         while True:
             try:
-                return self._predict(images, batch_tiles, tile_px, degraded)
+                return self._predict(images, kept or [None] * len(images), batch_tiles, tile_px, degraded)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -156,10 +162,15 @@ class Predictor:
                 raise ImageError("crash", f"out of memory, even for tiles of {tile_px} px")
 
     def _predict(
-        self, images: Sequence[Image], batch_tiles: int, tile_px: int, degraded: str | None
+        self,
+        images: Sequence[Image],
+        kept: Sequence[Box | None],
+        batch_tiles: int,
+        tile_px: int,
+        degraded: str | None,
     ) -> list[Prediction]:
         padded = [_prepare(image, self.config) for image in images]
-        plans = [_plan(image.shape[:2], self.config, tile_px) for image in images]
+        plans = [_plan(image.shape[:2], self.config, tile_px, part) for image, part in zip(images, kept, strict=True)]
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
         stats: list[dict[int, tuple[TileStats, int]]] = [{} for _ in plans]
         for members in _batches(padded, plans, batch_tiles):
@@ -295,7 +306,7 @@ def _prepare(image: Image, config: ModelConfig) -> Image:
     return tiles.pad(to_channels(image_HWC, config.in_channels), config.pad_multiple)
 
 
-def _plan(size: tuple[int, int], config: ModelConfig, tile_px: int) -> tiles.TilePlan:
+def _plan(size: tuple[int, int], config: ModelConfig, tile_px: int, kept: Box | None = None) -> tiles.TilePlan:
     height, width = size
     return tiles.plan_tiles(
         height,
@@ -304,4 +315,5 @@ def _plan(size: tuple[int, int], config: ModelConfig, tile_px: int) -> tiles.Til
         stride=config.stride,
         halo_px=config.halo_px,
         pad_multiple=config.pad_multiple,
+        kept=kept,
     )

@@ -6,7 +6,8 @@ Functions here raise whatever their library raises, besides ImageError.
 """
 
 import io
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 262, 258, 339
 _PLAIN_COMPRESSION = {1, 5, 8, 32773, 32946, 50000}  # none, LZW, deflate, PackBits, old deflate, Zstandard
 _FAX_COMPRESSION = {2, 3, 4}
-_JPEG_COMPRESSION = {6, 7}
+JPEG_COMPRESSION = {6, 7}
 _PLAIN_BITS = {8, 12, 16, 32, 64}
 
 
@@ -53,43 +54,40 @@ def decode_tiff(
     1 or 3 channels, or those that `bands` names: of the first page's samples, or, where it has one sample a pixel and
     other pages follow, of the pages.
     """
-    file = _open(data)
-    page = None if file is None else _page(file, 0)
+    file = open_tiff(io.BytesIO(data))
+    page = None if file is None else page_of(file, 0)
     if file is None or page is None:
         if pages == "refuse":
             refuse_pages(getattr(open_picture(data, max_pixels), "n_frames", 1))
         return _picture_pixels(data, max_pixels, bands), None
-    numbers = range(1) if pages == "first" and bands is None else _numbers_of_pages(file)
-    if bands is not None and page.samplesperpixel == 1 and len(numbers) > 1:
-        check_bands(bands, len(numbers))
-        image = _stacked(data, file, [numbers[band] for band in bands], max_pixels)
-    else:
-        if pages == "refuse":
-            refuse_pages(len(numbers))
-        image = _page_pixels(data, page, 0, max_pixels, bands)
-    return image, read_geo(page.tags.valueof, page.imagelength, page.imagewidth, _orientation(page))
+    numbers, bands = pages_to_read(file, page, pages, bands)
+    planes = (_page_pixels(data, _page_at(file, number), number, max_pixels, bands) for number in numbers)
+    return stack(numbers, planes), geo_of(page)
 
 
 def tiff_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     """Height and width of the first page, turned, from the header alone."""
-    file = _open(data)
-    page = None if file is None else _page(file, 0)
+    file = open_tiff(io.BytesIO(data))
+    page = None if file is None else page_of(file, 0)
     if page is None:
         return open_picture(data, max_pixels).size[::-1]  # as it is once turned
     check_size(page.imagelength, page.imagewidth, max_pixels)
-    return turned_size(page.imagelength, page.imagewidth, _orientation(page))
+    return turned_size(page.imagelength, page.imagewidth, orientation_of(page))
 
 
-def _open(data: bytes) -> tifffile.TiffFile | None:
+# ----------------------------------------------------------- for whole files and for regions (`unetpp.regions`)
+
+
+def open_tiff(file: BinaryIO) -> tifffile.TiffFile | None:
     """The file, or None where tifffile cannot make sense of it and Pillow may have a try."""
     try:
-        return tifffile.TiffFile(io.BytesIO(data))
+        return tifffile.TiffFile(file)
     except Exception:
         return None
 
 
-def _page(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
-    """A page's header, or None as in `_open`."""
+def page_of(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
+    """A page's header, or None as in `open_tiff`."""
     try:
         page = file.pages[number]
     except Exception:
@@ -97,46 +95,126 @@ def _page(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
     return page if isinstance(page, tifffile.TiffPage) else None
 
 
+def pages_to_read(
+    file: tifffile.TiffFile, page: tifffile.TiffPage, pages: Pages, bands: Bands | None
+) -> tuple[list[int], Bands | None]:
+    """Numbers of the pages that hold an image's channels, and which channels of each: None, its colours.
+
+    `page` is the first one. ImageError where there are others and they are refused, or fewer than `bands` wants.
+    """
+    one_sample = bands is not None and page.samplesperpixel == 1
+    numbers = _numbers_of_pages(file) if one_sample or pages == "refuse" else [0]
+    if bands is not None and one_sample and len(numbers) > 1:
+        check_bands(bands, len(numbers))
+        return [numbers[band] for band in bands], None
+    if pages == "refuse":
+        refuse_pages(len(numbers))
+    return [0], bands
+
+
+def stack(numbers: Sequence[int], planes: Iterable[Array]) -> Array:
+    """Pixels of the pages of these numbers as channels of one image. ImageError where they are not alike."""
+    found: list[Array] = []
+    for number, plane in zip(numbers, planes, strict=True):
+        if found and (plane.shape, plane.dtype) != (found[0].shape, found[0].dtype):
+            raise ImageError(
+                "decode",
+                f"page {number} is {plane.dtype} {plane.shape}, page {numbers[0]} is {found[0].dtype} "
+                f"{found[0].shape}: pages that are bands of one image must be alike",
+            )
+        found.append(plane)
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=2)
+
+
+def channels_of(page: tifffile.TiffPage, bands: Bands | None) -> Sequence[int]:
+    """The samples a pixel of a page that are kept: those of `bands`, or 1 or 3 colours.
+
+    With the colours one more may be there, if it is alpha, or unused after RGB. ImageError for any other page.
+    """
+    num_planes, depth, _, _, num_samples = page.shaped
+    if depth != 1 or min(num_planes, num_samples) != 1:
+        raise ImageError("decode", f"a TIFF page of {depth} slices or mixed planes is not supported")
+    if bands is not None:
+        check_bands(bands, page.samplesperpixel)
+        return bands
+    colours = 3 if page.photometric == 2 or page.samplesperpixel == 3 else 1
+    extra = page.samplesperpixel - colours
+    alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
+    if extra == 0 or (extra == 1 and (alpha or colours == 3)):
+        return range(colours)
+    raise ImageError(
+        "decode",
+        f"a TIFF with {page.samplesperpixel} samples a pixel is neither grey nor RGB; say with bands which to read",
+    )
+
+
+def pick(samples_HWS: Array, channels: Sequence[int]) -> Array:
+    """The samples of `channels_of`; a view where they are the first ones."""
+    return samples_HWS[..., : len(channels)] if isinstance(channels, range) else samples_HWS[..., list(channels)]
+
+
+def as_shown(page: tifffile.TiffPage, image_HWC: Array) -> Array:
+    """Samples as a page, or a region of it, stores them -> light is high, and a type that is supported; not turned."""
+    if page.photometric == 0 and _PHOTOMETRIC_TAG in page.tags:
+        if image_HWC.dtype.kind != "u":
+            raise ImageError("decode", f"MinIsWhite TIFF of type {image_HWC.dtype} has no known white")
+        image_HWC = image_HWC.dtype.type(2**page.bitspersample - 1) - image_HWC
+    return _as_supported_type(image_HWC)
+
+
+def orientation_of(page: tifffile.TiffPage) -> int:
+    """The page's orientation, 1..8."""
+    return int(page.tags.valueof(ORIENTATION_TAG, 1))
+
+
+def geo_of(page: tifffile.TiffPage) -> str | None:
+    """Where on Earth the page is, once it is turned (`unetpp.geo`)."""
+    return read_geo(page.tags.valueof, page.imagelength, page.imagewidth, orientation_of(page))
+
+
+def is_plain(page: tifffile.TiffPage) -> bool:
+    """Whether tifffile reads the page's samples as they are."""
+    return (
+        page.dtype is not None
+        and page.dtype.kind in "uif"
+        and page.bitspersample in _PLAIN_BITS
+        and page.compression in _PLAIN_COMPRESSION
+        and page.photometric in (0, 1, 2)
+    )
+
+
+def check_jpeg_segment(page: tifffile.TiffPage, segment: bytes) -> None:
+    """Raise ValueError where libjpeg warns about the pixels of a strip or tile: libtiff passes over that."""
+    tables = page.jpegtables or b""
+    decode_jpeg_strictly(tables[:-2] + segment[2:] if tables else segment)
+
+
+# ------------------------------------------------------------------------------------------- whole files
+
+
+def _page_at(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage:
+    if (page := page_of(file, number)) is None:
+        raise ImageError("decode", f"the header of the TIFF's page {number} is damaged")
+    return page
+
+
 def _numbers_of_pages(file: tifffile.TiffFile) -> list[int]:
     """Which of the pages are images of their own: not smaller copies, nor masks, nor what a slide scanner adds."""
     if file.is_svs:
         return [0]
-    numbers = [0]
-    for number in range(1, len(file.pages)):
-        page = _page(file, number)
-        if page is None:
-            raise ImageError("decode", f"the header of the TIFF's page {number} is damaged")
-        if not page.is_reduced and not page.is_mask:
-            numbers.append(number)
-    return numbers
-
-
-def _stacked(data: bytes, file: tifffile.TiffFile, numbers: list[int], max_pixels: int) -> Array:
-    """The pages of these numbers as channels."""
-    planes: list[Array] = []
-    for number in numbers:
-        page = _page(file, number)
-        assert page is not None
-        plane = _page_pixels(data, page, number, max_pixels, None)
-        if planes and (plane.shape, plane.dtype) != (planes[0].shape, planes[0].dtype):
-            raise ImageError(
-                "decode",
-                f"page {number} is {plane.dtype} {plane.shape}, page {numbers[0]} is {planes[0].dtype} "
-                f"{planes[0].shape}: pages that are bands of one image must be alike",
-            )
-        planes.append(plane)
-    return np.concatenate(planes, axis=2)
+    others = ((number, _page_at(file, number)) for number in range(1, len(file.pages)))
+    return [0, *(number for number, page in others if not page.is_reduced and not page.is_mask)]
 
 
 def _page_pixels(data: bytes, page: tifffile.TiffPage, number: int, max_pixels: int, bands: Bands | None) -> Array:
     check_size(page.imagelength, page.imagewidth, max_pixels)
     if page.is_tiled:  # a tile may be larger than its image
         check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
-    if _is_plain(page):
+    if is_plain(page):
         return _plain_pixels(page, len(data), bands)
     if page.compression in _FAX_COMPRESSION:
         raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
-    if page.compression in _JPEG_COMPRESSION:
+    if page.compression in JPEG_COMPRESSION:
         _check_jpeg_segments(page, data)
     return _picture_pixels(data, max_pixels, bands, number)
 
@@ -156,51 +234,14 @@ def _picture_pixels(data: bytes, max_pixels: int, bands: Bands | None, number: i
     return choose(pillow_pixels(picture), bands)  # Pillow turns TIFF itself, and inverts MinIsWhite at up to 8 bits
 
 
-def _orientation(page: tifffile.TiffPage) -> int:
-    return int(page.tags.valueof(ORIENTATION_TAG, 1))
-
-
-def _is_plain(page: tifffile.TiffPage) -> bool:
-    return (
-        page.dtype is not None
-        and page.dtype.kind in "uif"
-        and page.bitspersample in _PLAIN_BITS
-        and page.compression in _PLAIN_COMPRESSION
-        and page.photometric in (0, 1, 2)
-    )
-
-
 def _plain_pixels(page: tifffile.TiffPage, size_bytes: int, bands: Bands | None) -> Array:
-    num_planes, depth, _, _, num_samples = page.shaped
-    channels: slice | list[int] = slice(_colour_channels(page)) if bands is None else list(bands)
-    if depth != 1 or min(num_planes, num_samples) != 1:
-        raise ImageError("decode", f"a TIFF page of {depth} slices or mixed planes is not supported")
+    channels = channels_of(page, bands)
     _check_segments(page, size_bytes)
     stored = page.asarray(squeeze=False, maxworkers=1)
     if stored.shape != page.shaped:
         raise ImageError("decode", f"the TIFF page holds {stored.shape} samples, its header says {page.shaped}")
-    image = np.moveaxis(stored[:, 0, :, :, 0], 0, -1) if num_planes > 1 else stored[0, 0]
-    if bands is not None:
-        check_bands(bands, image.shape[2])
-    image = image[..., channels]
-    if page.photometric == 0 and _PHOTOMETRIC_TAG in page.tags:
-        if image.dtype.kind != "u":
-            raise ImageError("decode", f"MinIsWhite TIFF of type {image.dtype} has no known white")
-        image = image.dtype.type(2**page.bitspersample - 1) - image
-    return turn(_as_supported_type(image), _orientation(page))
-
-
-def _colour_channels(page: tifffile.TiffPage) -> int:
-    """1 or 3, the samples a pixel that are kept: one more may follow if it is alpha, or unused after RGB."""
-    channels = 3 if page.photometric == 2 or page.samplesperpixel == 3 else 1
-    extra = page.samplesperpixel - channels
-    alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
-    if extra == 0 or (extra == 1 and (alpha or channels == 3)):
-        return channels
-    raise ImageError(
-        "decode",
-        f"a TIFF with {page.samplesperpixel} samples a pixel is neither grey nor RGB; say with bands which to read",
-    )
+    samples_HWS = np.moveaxis(stored[:, 0, :, :, 0], 0, -1) if stored.shape[0] > 1 else stored[0, 0]
+    return turn(as_shown(page, pick(samples_HWS, channels)), orientation_of(page))
 
 
 def _check_segments(page: tifffile.TiffPage, size_bytes: int) -> None:
@@ -214,12 +255,10 @@ def _check_segments(page: tifffile.TiffPage, size_bytes: int) -> None:
 
 
 def _check_jpeg_segments(page: tifffile.TiffPage, data: bytes) -> None:
-    """Decode every JPEG strip or tile with libjpeg's warnings as errors: libtiff passes over them."""
+    """Decode every JPEG strip or tile with libjpeg's warnings as errors."""
     _check_segments(page, len(data))
-    tables = page.jpegtables or b""
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        segment = data[offset : offset + count]
-        decode_jpeg_strictly(tables[:-2] + segment[2:] if tables else segment)
+        check_jpeg_segment(page, data[offset : offset + count])
 
 
 def _as_supported_type(image: Array) -> Array:

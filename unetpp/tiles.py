@@ -71,10 +71,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """The tiles of one image, row by row. Their cores partition the image, without its padding."""
+    """The tiles of one image, row by row. Their cores partition `kept`: the image without its padding, or a part."""
 
-    height: int
-    width: int
+    kept: Box
     padded_height: int
     padded_width: int
     tiles: tuple[Tile, ...]
@@ -86,17 +85,23 @@ class TilePlan:
 
     @property
     def computed_to_kept(self) -> float:
-        """Pixels fed for every pixel of the image: 1.0 is a single tile without padding."""
-        return self.computed_px / (self.height * self.width)
+        """Pixels fed for every pixel that is kept: 1.0 is a single tile without padding."""
+        return self.computed_px / self.kept.num_px
 
 
-def plan_tiles(height: int, width: int, *, tile_px: int, stride: int, halo_px: int, pad_multiple: int) -> TilePlan:
+def plan_tiles(
+    height: int, width: int, *, tile_px: int, stride: int, halo_px: int, pad_multiple: int, kept: Box | None = None
+) -> TilePlan:
     """Tiles for an image of `height` x `width` pixels, each at least 1.
 
     Cores are `tile_px` squares on a grid; the last one of a row or column is what remains. A remainder of at most
     `halo_px` joins the core before it: its outer box is still no larger than that of a tile in the middle of an image
     (tile_px + 2 * halo_px), and a sliver that is nearly all halo is never computed. An image with both sides up to
     tile_px is therefore always one tile without halo.
+
+    With `kept`, for that part of the image alone: what is fed reaches `halo_px` beyond it, as far as there is image.
+    Its corner lies on the stride grid. So a region of a larger image, read with that margin from an origin on the
+    `pad_multiple` grid, gives the larger image's output.
 
     Raises ConfigError when `tile_px` is not a positive multiple of `pad_multiple`.
     """
@@ -109,14 +114,18 @@ def plan_tiles(height: int, width: int, *, tile_px: int, stride: int, halo_px: i
     assert pad_multiple % stride == 0, (pad_multiple, stride)
     assert halo_px % stride == 0, (halo_px, stride)
     padded_height, padded_width = _round_up(height, pad_multiple), _round_up(width, pad_multiple)
-    rows = _spans(height, padded_height, tile_px, halo_px)
-    columns = _spans(width, padded_width, tile_px, halo_px)
+    kept = kept or Box(0, 0, height, width)
+    assert 0 <= kept.y0 < kept.y1 <= height, (kept, height)
+    assert 0 <= kept.x0 < kept.x1 <= width, (kept, width)
+    assert kept.y0 % stride == kept.x0 % stride == 0, (kept, stride)
+    rows = _spans(kept.y0, kept.y1, height, padded_height, tile_px, halo_px)
+    columns = _spans(kept.x0, kept.x1, width, padded_width, tile_px, halo_px)
     tiles = tuple(
         Tile(outer=Box(oy0, ox0, oy1, ox1), core=Box(cy0, cx0, cy1, cx1))
         for (oy0, cy0, cy1, oy1) in rows
         for (ox0, cx0, cx1, ox1) in columns
     )
-    return TilePlan(height, width, padded_height, padded_width, tiles)
+    return TilePlan(kept, padded_height, padded_width, tiles)
 
 
 def pad(image_HWC: Array, pad_multiple: int) -> Array:
@@ -137,17 +146,18 @@ def cut(padded_HWC: Array, tile: Tile) -> Array:
 
 
 def stitch(plan: TilePlan, cores_HW: Iterable[Array]) -> Array:
-    """One array of the image's own size from the cores of the plan's tiles, in their order.
+    """One array of the size of what is kept from the cores of the plan's tiles, in their order.
 
     Cores are HW (masks) or HWK (logits) of one type, and may come from a generator: only one is needed at a time.
     """
     whole: Array | None = None
+    kept = plan.kept
     for tile, core in zip(plan.tiles, cores_HW, strict=True):
         box = tile.core
         assert core.shape[:2] == (box.height, box.width), f"core is {core.shape[:2]}, its tile wants {box}"
         if whole is None:
-            whole = np.empty((plan.height, plan.width, *core.shape[2:]), core.dtype)
-        whole[box.slices] = core
+            whole = np.empty((kept.height, kept.width, *core.shape[2:]), core.dtype)
+        whole[Box(box.y0 - kept.y0, box.x0 - kept.x0, box.y1 - kept.y0, box.x1 - kept.x0).slices] = core
     assert whole is not None, "a plan has at least one tile"
     return whole
 
@@ -156,12 +166,15 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _spans(length: int, padded: int, tile_px: int, halo_px: int) -> list[tuple[int, int, int, int]]:
-    """(outer start, core start, core end, outer end) of every tile along one axis."""
-    num_cores = max(1, -(-(padded - halo_px) // tile_px))
-    starts = [index * tile_px for index in range(num_cores)]
+def _spans(
+    first: int, last: int, length: int, padded: int, tile_px: int, halo_px: int
+) -> list[tuple[int, int, int, int]]:
+    """(outer start, core start, core end, outer end) of the tiles along an axis, of which `first` to `last` is kept."""
+    outer_last = padded if last == length else min(padded, last + halo_px)
+    num_cores = max(1, -(-(min(outer_last - halo_px, last) - first) // tile_px))
+    starts = [first + index * tile_px for index in range(num_cores)]
     outer_ends = [min(padded, start + halo_px) for start in starts[1:]]
     return [
         (max(0, start - halo_px), start, end, outer_end)
-        for start, end, outer_end in zip(starts, [*starts[1:], length], [*outer_ends, padded], strict=True)
+        for start, end, outer_end in zip(starts, [*starts[1:], last], [*outer_ends, outer_last], strict=True)
     ]

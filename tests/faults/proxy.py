@@ -42,6 +42,8 @@ class FaultProxy:
     def __init__(self, upstream: str) -> None:
         self.rules: list[Rule] = []
         self.requests: list[tuple[str, str]] = []
+        self.bodies: list[tuple[str, str, int]] = []
+        """Method, path and bytes of every body that went back from the store."""
         self.url = ""
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
@@ -80,12 +82,18 @@ class FaultProxy:
                 if request.method == "HEAD":
                     headers["Content-Length"] = answer.headers.get("Content-Length", "0")
                 headers["Date"] = answer.headers.get("Date", "")
-                return web.Response(status=answer.status, headers=headers, body=await answer.read())
+                content = await answer.read()
+                self.bodies.append((request.method, request.rel_url.raw_path_qs, len(content)))
+                return web.Response(status=answer.status, headers=headers, body=content)
 
         for rule in self.rules:
             if rule.applies(request):
                 return await rule.fault(request, pass_on)
         return await pass_on()
+
+    def bytes_of(self, method: str, path: str) -> int:
+        """Bytes of the bodies that went back for requests whose path matches."""
+        return sum(size for asked, where, size in self.bodies if asked == method and re.search(path, where))
 
     def close(self) -> None:
         """Stop listening."""

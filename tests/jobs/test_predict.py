@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from jobs import manifest, predict, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
+from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, Worker, new_decoders, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Task, Worker, predict_shard, read_shard, write_shard
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from unetpp.config import ModelConfig
@@ -373,8 +374,10 @@ def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> 
     segment()
     before = _files(tmp_path / "out" / "table")
     task, shards = _task(opening, tmp_path)
-    with Worker(task) as worker, io_threads() as threads, new_decoders(task.config) as decoders:
-        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders)))
+    with Worker(task) as worker, io_threads() as threads, DecodePool.of(task.config, None) as decoders:
+        outcomes = list(
+            predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders, worker.predictor.config))
+        )
         with pytest.raises(AbandonedError):
             write_shard(task, shards[1], worker.predictor, outcomes, threads)
     assert _files(tmp_path / "out" / "table") == before

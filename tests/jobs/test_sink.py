@@ -34,7 +34,15 @@ def rows() -> list[dict]:
         "attempts": 1,
         "schema_version": sink.SCHEMA_VERSION,
     }
-    mask = {"key": "a", "height": 1000, "width": 500, "mask_png": b"png", "class_pixels": [499_000, 1000]}
+    mask = {
+        "key": "a",
+        "height": 1000,
+        "width": 500,
+        "window_h": 1000,
+        "window_w": 500,
+        "mask_png": b"png",
+        "class_pixels": [499_000, 1000],
+    }
     return [common | mask, common | {"key": "b", "error_code": "decode", "error": "cut short"}]
 
 

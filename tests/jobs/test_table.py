@@ -27,7 +27,11 @@ def commit(place: str):
 
 def _row(key: str, outcome: tuple[str, int] | None, source: str, etag: str) -> dict:
     error, attempts = outcome or (None, 1)
-    mask = {"height": 2, "width": 2, "mask_png": b"png", "class_pixels": [3, 1]} if outcome is None else {}
+    mask = (
+        {"height": 2, "width": 2, "window_h": 2, "window_w": 2, "mask_png": b"png", "class_pixels": [3, 1]}
+        if outcome is None
+        else {}
+    )
     return (
         dict.fromkeys(sink.SCHEMA.names)
         | mask
