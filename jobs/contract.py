@@ -543,7 +543,7 @@ class ExplainConfig(Frozen):
 
 
 class Attempt(Frozen):
-    """One row of an image in the table."""
+    """One row of an image, or of a window of it, in the table."""
 
     run: str
     etag: str
@@ -552,6 +552,9 @@ class Attempt(Frozen):
     error: str | None
     height: int | None
     width: int | None
+    window_y: int
+    window_x: int
+    num_windows: int
     level: Level
     class_pixels: tuple[int, ...] | None
     uncertainty: float | None

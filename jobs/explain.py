@@ -6,7 +6,7 @@ from jobs import manifest, runs, storage, table
 from jobs.contract import Attempt, ExplainConfig, ExplainResult
 
 COLUMNS = ["key", "source_uri", "etag", "attempts", "error_code", "error", "height", "width", "level"]
-COLUMNS += ["class_pixels", "uncertainty", "mask_uri"]
+COLUMNS += ["class_pixels", "uncertainty", "mask_uri", "window_y", "window_x", "num_windows"]
 
 
 def run(config: ExplainConfig) -> ExplainResult:

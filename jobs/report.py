@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from jobs import models, overlays, storage, table
+from jobs import models, overlays, storage, table, windows
 from jobs.contract import PredictResult
+from jobs.guarded import DecodePool, Limits
 from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
 from jobs.table import Part
@@ -22,10 +23,14 @@ from unetpp.checkpoint import LevelScore, read_pretrained
 from unetpp.config import Bands
 from unetpp.errors import ImageError, UnetppError
 from unetpp.images import decode_image, decode_mask
+from unetpp.predictor import Image
+from unetpp.tiles import Box
 
 logger = logging.getLogger(__name__)
 
 NUM_RANDOM, NUM_UNSURE, NUM_KEYS = 9, 3, 200
+SHOWN_PX = 512
+WINDOW = ["window_y", "window_x", "window_h", "window_w", "num_windows"]
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 560.0, 220.0, 44.0
 
 MEANINGS = {
@@ -94,7 +99,8 @@ def render(
     archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], result: PredictResult
 ) -> str:
     """The report's HTML. The sample is drawn by the manifest's hash: the same run shows the same pictures."""
-    rows = table.read_rows(parts, ["key", "etag", "error_code", "error", "uncertainty", "level"])
+    columns = ["key", "etag", "error_code", "error", "uncertainty", "level", "height", "width", *WINDOW]
+    rows = table.read_rows(parts, columns)
     rng = np.random.default_rng(int(record.manifest_sha256[:16], 16))
     predicted = np.flatnonzero(pa.compute.is_null(rows["error_code"]).to_numpy(zero_copy_only=False))
     random = rng.choice(predicted, min(NUM_RANDOM, len(predicted)), replace=False)
@@ -129,14 +135,14 @@ def render(
 
 
 def _failures(rows: pa.Table) -> list[Failures]:
-    failed = rows.filter(pa.compute.is_valid(rows["error_code"])).select(["error_code", "key", "error"]).to_pylist()
+    failed = rows.filter(pa.compute.is_valid(rows["error_code"])).to_pylist()
     counts = Counter(row["error_code"] for row in failed)
     return [
         Failures(
             code,
             MEANINGS.get(code, ""),
             number,
-            [(row["key"], row["error"]) for row in failed if row["error_code"] == code][:NUM_KEYS],
+            [(_name(row), row["error"]) for row in failed if row["error_code"] == code][:NUM_KEYS],
         )
         for code, number in counts.most_common()
     ]
@@ -150,21 +156,21 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
     for number in chosen:
         part = int(np.searchsorted(ends, number, side="right"))
         offset = number - (ends[part - 1] if part else 0)
-        columns = ["key", "etag", "mask_png", "class_pixels", "uncertainty", "height", "width"]
+        columns = ["key", "etag", "mask_png", "class_pixels", "uncertainty", "height", "width", *WINDOW]
         row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
         try:
-            content = storage.read_bytes(storage.join(archive.source_uri, row["key"]), row["etag"])
-            image_HWC = decode_image(content, max_pixels=archive.config.max_pixels, bands=bands)
-            picture = overlays.thumbnail(image_HWC)
+            picture = overlays.thumbnail(_pixels(archive, row, bands))
         except ImageError as error:
             logger.info("the report leaves %s out: %s", row["key"], error.detail)
             continue
         num_counted = len(row["class_pixels"])
         mask_HW = decode_mask(row["mask_png"], 1 if num_counted == 2 else num_counted)
+        if row["num_windows"] > 1:
+            mask_HW = np.ascontiguousarray(mask_HW[_middle(row).slices])
         shown.append(
             Overlay(
                 key=row["key"],
-                size=f"{row['height']} x {row['width']}",
+                size=_size(row),
                 foreground=1 - row["class_pixels"][0] / sum(row["class_pixels"]),
                 uncertainty=row["uncertainty"],
                 image_uri=overlays.as_data_uri(picture),
@@ -182,6 +188,38 @@ def _bands(archive: Archive) -> Bands | None:
         return read_pretrained(models.fetch_model(archive.config.model)).model.bands
     except UnetppError:
         return None
+
+
+def _pixels(archive: Archive, row: dict[str, Any], bands: Bands | None) -> Image:
+    """The image of a row, or the middle of its window. ImageError where it is not to be had any more."""
+    uri, max_pixels = storage.join(archive.source_uri, row["key"]), archive.config.max_pixels
+    if row["num_windows"] == 1:
+        return decode_image(storage.read_bytes(uri, row["etag"]), max_pixels=max_pixels, bands=bands)
+    if (found := storage.find(uri)) is None:
+        raise ImageError("gone", f"{uri} was deleted after it was listed")
+    y, x, part = row["window_y"], row["window_x"], _middle(row)
+    box = Box(y + part.y0, x + part.x0, y + part.y1, x + part.x1)
+    with DecodePool.of(archive.config, bands) as decoders, storage.io_threads() as threads:
+        source = windows.ranged(uri, row["etag"], found.size_bytes, threads)
+        return decoders.decode_region(source, (row["height"], row["width"]), box).image_HWC
+
+
+def _middle(row: dict[str, Any]) -> Box:
+    """What is shown of a window: as much as a picture shows well, for few bytes."""
+    height, width = min(row["window_h"], SHOWN_PX), min(row["window_w"], SHOWN_PX)
+    y, x = (row["window_h"] - height) // 2, (row["window_w"] - width) // 2
+    return Box(y, x, y + height, x + width)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["key"] if row["num_windows"] == 1 else f"{row['key']}, {_size(row)}"
+
+
+def _size(row: dict[str, Any]) -> str:
+    size = f"{row['height']} x {row['width']}"
+    if row["num_windows"] == 1:
+        return size
+    return f"window of {row['window_h']} x {row['window_w']} at y {row['window_y']}, x {row['window_x']} of {size}"
 
 
 def _throughput(footers: Sequence[Footer], first: float, last: float) -> Plot:

@@ -209,6 +209,8 @@ def _show_explain(result: ExplainResult, console: Console) -> None:
         _line(console, result.run, f"has no {result.key}: {why}")
     for row in result.rows:
         size = f", {row.height} x {row.width}" if row.height else ""
+        if row.num_windows > 1:
+            size += f", window at y {row.window_y}, x {row.window_x} of {row.num_windows}"
         _line(
             console, row.run, f"{row.outcome} at attempt {row.attempts}, level L{row.level}{size}, version {row.etag}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from jobs import predict
@@ -21,9 +22,11 @@ HOSTILE = '<script>alert("x")<b>&.png'
 def report(tmp_path: Path, tiny_model: Path) -> Callable[..., str]:
     """Function: segment four good images and two bad ones, and return the report's HTML."""
 
-    def run(**changed: Any) -> str:
+    def run(more: Path | None = None, **changed: Any) -> str:
         images = tmp_path / "images"
         images.mkdir()
+        if more is not None:
+            shutil.copy(more, images)
         for number in range(4):
             pixels = np.random.default_rng(number).integers(0, 255, (40 + number, 60), np.uint8)
             Image.fromarray(pixels).save(images / f"good {number}.png")
@@ -87,3 +90,10 @@ def test_the_plot_has_every_level_that_the_model_was_chosen_from(report, tiny_mo
     assert re.search(r">L2 \(used\)</text>", html)
     assert "0.7000" in html
     assert "0.7800 to 0.8100" in html
+
+
+def test_a_window_is_shown_and_named_by_its_place(report, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "big.tif", np.random.default_rng(0).integers(0, 255, (120, 200), np.uint8))
+    html = report(window_px=96, more=tmp_path / "big.tif")
+    assert html.count('alt="image big.tif"') in range(4, 9)
+    assert "window of 24 x 8 at y 96, x 192 of 120 x 200" in html

@@ -137,6 +137,38 @@ def test_an_absent_object_that_was_not_listed_is_a_missing_file(place: str) -> N
 # --------------------------------------------------------------------------------------------- put if absent
 
 
+def test_a_range_is_that_part_of_that_version(place: str) -> None:
+    uri, content = storage.join(place, "a b.tif"), bytes(range(256)) * 40
+    storage.write_bytes(uri, content)
+    (listed,) = storage.list_objects(place)
+    for start, stop in ((0, 1), (0, len(content)), (1000, 5000), (len(content) - 1, len(content))):
+        assert storage.read_range(uri, start, stop, listed.etag) == content[start:stop]
+    assert storage.read_range(uri, 3, 9) == content[3:9]
+    time.sleep(0.01)
+    storage.write_bytes(uri, content[::-1])
+    with pytest.raises(ImageError, match="changed"):
+        storage.read_range(uri, 3, 9, listed.etag)
+    storage.delete(uri)
+    with pytest.raises(ImageError, match="gone"):
+        storage.read_range(uri, 3, 9, listed.etag)
+
+
+def test_a_store_that_ignores_the_range_is_not_believed(flaky_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.s3.DAMAGED_TRIES", 2)
+    with pytest.raises(ImageError, match=r"integrity: .*bytes 0-6/ came, bytes 2-4 was wanted"):
+        storage.read_range("s3://bucket/key", 2, 5, "tag")
+
+
+def test_a_file_that_is_copied_to_a_place_is_there_whole(place: str, tmp_path: Path) -> None:
+    source = tmp_path / "source.tif"
+    source.write_bytes(b"first")
+    storage.upload_file(source, storage.join(place, "deep/er/copy.tif"))
+    source.write_bytes(b"second")
+    storage.upload_file(source, storage.join(place, "deep/er/copy.tif"))
+    (listed,) = storage.list_objects(place)
+    assert (listed.key, storage.read_bytes(storage.join(place, listed.key))) == ("deep/er/copy.tif", b"second")
+
+
 def test_put_if_absent_never_changes_what_is_there(place: str) -> None:
     uri = storage.join(place, "table/part.parquet")
     assert storage.put_if_absent(uri, b"first", root=place)

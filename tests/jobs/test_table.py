@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import sink, storage, table
-from jobs.manifest import identity
+from jobs.manifest import identity, whole_identity
 from jobs.table import Done, done_before, read_masks
 
 DIGEST = "0123456789" + "f" * 54
@@ -150,3 +150,63 @@ def test_parts_are_listed_in_order_and_strangers_are_not(place: str, commit) -> 
     assert [(part.run, part.shard) for part in parts] == [("r00001", 2), ("r00001", 11), ("r00002", 0)]
     assert [part.shard for part in table.list_parts(place, DIGEST, "r00001")] == [2, 11]
     assert [footer.shard for footer in table.read_footers(parts)] == [2, 11, 0]
+
+
+# ---------------------------------------------------------------------------------------------- windows
+
+
+@pytest.fixture
+def commit_windows(place: str):
+    """Function: (run, outcome by window_x of an image of three windows of 96) -> a part in `place`."""
+
+    def put(run: str, outcomes: dict[int, tuple[str, int] | None], digest: str = DIGEST, **changed) -> None:
+        grid = {"num_windows": 3, "window_px": 96, "height": 50, "width": 288, "model_digest": digest} | changed
+        rows = [_row("big", outcome, "s", "e") | grid | {"window_x": x} for x, outcome in outcomes.items()]
+        uri = storage.join(sink.parts_uri(place, digest, run), sink.part_name(0))
+        sink.commit(uri, rows, run=run, manifest_sha256=run, shard=0, seconds=0, root=place)
+
+    return put
+
+
+def _windows_done(place: str, digest: str | None = DIGEST, window_px: int = 96) -> int:
+    written = {f"r0000{number}": ("parquet",) for number in range(1, 5)}
+    done = done_before(place, digest, source="s", write=("parquet",), written_by_run=written)
+    (number,) = done.num_windows(np.array([whole_identity("s", "big", "e", window_px)], "S16")).tolist()
+    return number
+
+
+def test_an_image_is_done_when_all_its_windows_are(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: (PERMANENT, 1)})
+    assert _windows_done(place) == 0
+    commit_windows("r00002", {192: None})
+    assert _windows_done(place) == 3
+    assert _windows_done(place, window_px=128) == 0
+    commit_windows("r00003", {0: (PASSING, 1)})  # the newest word counts
+    assert _windows_done(place) == 0
+
+
+def test_windows_of_two_models_are_no_image_together(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: None})
+    commit_windows("r00002", {192: None}, digest="a" * 64)
+    assert _windows_done(place, digest=None) == 0
+    commit_windows("r00003", {0: None, 96: None}, digest="a" * 64)
+    assert _windows_done(place, digest=None) == 3
+
+
+def test_the_newest_windows_are_those_of_the_newest_grid(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: None, 192: (PASSING, 1)})
+    commit_windows("r00002", {192: None})
+    assert sorted(read_masks(place, DIGEST, ["window_x"])["window_x"].to_pylist()) == [0, 96, 192]
+    assert read_masks(place, DIGEST, ["error_code"])["error_code"].null_count == 3
+    commit_windows("r00003", {0: None, 144: None}, num_windows=2, window_px=144)
+    newest = read_masks(place, DIGEST, ["window_x", "window_px"]).to_pylist()
+    assert sorted((row["window_x"], row["window_px"]) for row in newest) == [(0, 144), (144, 144)]
+
+
+def test_windows_of_an_older_grid_are_not_tried_again(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: (PASSING, 1), 192: (PASSING, 2)})
+    assert table.still_failed(place, DIGEST, "r00001") == {("big", 0, 96): 1, ("big", 0, 192): 2}
+    commit_windows("r00002", {96: None})
+    assert table.still_failed(place, DIGEST, "r00001") == {("big", 0, 192): 2}
+    commit_windows("r00003", {0: None, 144: (PASSING, 1)}, num_windows=2, window_px=144)
+    assert table.still_failed(place, DIGEST, "r00001") == {}
