@@ -24,7 +24,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -112,11 +112,10 @@ def _begin(output: str, kind: _Kind, part_bytes: int) -> _Copying | None:
             if _kind_of(record) == kind and states[run] != "compacted" and _is_small(parts.get(run, []), part_bytes)
         ]
         others = {run for run, record in records.items() if record.model_digest != kind.model_digest}
-        try:
-            shards = _cut(pieces := list(_newest(parts, chosen, others, before=name)), part_bytes)
-        except _DoneAgain as again:
-            logger.info("model %s is left as it is: %s", kind.model_digest[:10], again)
+        if (pieces := _newest(parts, chosen, others, before=name)) is None:
+            logger.info("model %s is left as it is: another model has done its images since", kind.model_digest[:10])
             return None
+        shards = _cut(pieces, part_bytes)
         if len(shards) >= len({piece.part.uri for piece in pieces}):
             return None
         newest = mine[max(chosen)]
@@ -131,7 +130,7 @@ def _resume(output: str, record: RunRecord) -> _Copying:
     """The pieces of a compaction that was begun: those that its manifest names, which no newer row can change."""
     archive = Archive.of(storage.join(output, "runs", record.run), record)
     parts = table.parts_by_run(table.list_parts(output, record.model_digest))
-    pieces = _newest(parts, record.compacts, (), before=record.run)
+    pieces = iter(_newest(parts, record.compacts, (), before=record.run) or ())
     shards: list[list[_Piece]] = []
     for shard in manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256):
         shards.append([])
@@ -211,18 +210,14 @@ def _mark(output: str, record: RunRecord) -> None:
         storage.put_if_absent(uri, json.dumps({"by": record.run}).encode(), root=output)
 
 
-class _DoneAgain(Exception):
-    """Another model has done an image since."""
-
-
 def _newest(
     parts: dict[str, list[Part]], chosen: Collection[str], others: Collection[str], *, before: str
-) -> Iterator[_Piece]:
+) -> list[_Piece] | None:
     """The rows of the chosen runs that are the newest of their image, or of a window of its newest grid.
 
     In the runs before one, oldest run first.
 
-    Raises _DoneAgain where one of the `others`, runs of other models, has a newer one.
+    None where one of the `others`, runs of other models, has a newer one.
     """
     newest_only, seen_elsewhere = NewestOnly(), set[bytes]()
     by_run: list[list[_Piece]] = []
@@ -237,13 +232,12 @@ def _newest(
                 elif newest_only.takes(row):
                     fresh.append(number)
                     if run in chosen and image in seen_elsewhere:
-                        raise _DoneAgain(f"another model has done {row['key']} since {run}")
+                        return None
             if fresh:
                 pieces.append(_Piece(part, np.array(fresh, np.int64)))
         if run in chosen:
             by_run.append(pieces)
-    for pieces in reversed(by_run):
-        yield from pieces
+    return [piece for pieces in reversed(by_run) for piece in pieces]
 
 
 def _cut(pieces: Sequence[_Piece], part_bytes: int) -> list[list[_Piece]]:

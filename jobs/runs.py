@@ -143,8 +143,10 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         for record in unfinished:
             if found[record.run] != "open":
                 continue
-            # Where all is committed and only the sealing was cut off, no setting matters any more.
-            if record.fingerprint == archive.fingerprint or not pending_shards(archive, record):
+            # Where all is committed and only the sealing was cut off, no setting matters any more. A compaction is
+            # none of a night's work: it is left to `unetpp compact`.
+            is_committed = not record.compacts and not pending_shards(archive, record)
+            if record.fingerprint == archive.fingerprint or is_committed:
                 return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
