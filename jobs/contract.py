@@ -9,7 +9,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unetpp.card import UNSTATED, LevelChoice
 from unetpp.config import AugmentConfig, Frozen, Level, ModelConfig, SynthKind, ValueRange
@@ -324,6 +324,12 @@ WALL_FACTOR = 5
 WriteFormat = Literal["parquet", "png"]
 
 
+MANY_INPUTS = (
+    "folder or s3:// prefix of images, an archive (.tar, .tar.gz, .tar.zst, .zip, .parquet), or a manifest (.csv or "
+    ".parquet with a column uri)"
+)
+
+
 class PredictOptions(Frozen):
     """How to predict, whatever the archive: the part of `PredictConfig` that a flow's config holds."""
 
@@ -332,7 +338,25 @@ class PredictOptions(Frozen):
     flips: bool = Field(False, description="accurate mode over the four mirror images, at four times its cost")
     write: tuple[WriteFormat, ...] = Field(("parquet", "png"), description="parquet alone, or parquet,png")
     include: tuple[str, ...] = Field(
-        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"), description="globs on the key, case-insensitive"
+        ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.bmp"),
+        description="globs on the key, case-insensitive; rows of Parquet files and of manifests are images whatever "
+        "they are called",
+    )
+    exclude: tuple[str, ...] = Field((), description="globs on the key of what is left out, archives too")
+    image_column: str | None = Field(
+        None, description="of Parquet files, with image bytes; default: image, image_bytes, bytes or content"
+    )
+    name_column: str | None = Field(
+        None, description="of Parquet files, with the images' names; default: key, id, name, file_name or path"
+    )
+    max_members: Annotated[int, Field(ge=1)] = Field(
+        1_000_000, description="members of an archive that are looked at; the rest becomes one too_large row"
+    )
+    max_member_mb: Annotated[int, Field(ge=1)] = Field(
+        1024, description="size, MiB, of an archive's member; larger ones become too_large rows"
+    )
+    max_ratio: Annotated[float, Field(ge=1)] = Field(
+        200.0, description="an archive above 256 MiB may unpack to so many times its size; the rest is too_large"
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
@@ -393,6 +417,10 @@ class PredictOptions(Frozen):
         return self
 
 
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 OnNewModel = Literal["new_only", "backfill", "all"]
 ON_NEW_MODEL = (
     "what is done of images that older models have done: new_only leaves them, backfill does backfill_images of them "
@@ -405,7 +433,9 @@ class PredictConfig(PredictOptions):
     """Segment every image of an archive; run it again to do what is new."""
 
     model: str = Field(description="model folder or URI")
-    input: str = Field(description="folder or s3:// prefix of images")
+    input: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
+        min_length=1, description=f"{MANY_INPUTS}; may be given more than once"
+    )
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     on_new_model: OnNewModel = Field("all", description=ON_NEW_MODEL)
     backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
@@ -495,7 +525,7 @@ class StatusResult(Frozen):
 
     run: str
     state: Literal["open", "sealed", "abandoned"]
-    source_uri: str
+    sources: tuple[str, ...]
     model_digest: str
     opened_at: datetime
     parent: str | None

@@ -25,7 +25,9 @@ _ADVICE = {
 
 
 def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
-    """(path below `root`, etag, size in bytes) of every regular file; links are followed, loops are not entered.
+    """(path below `root`, etag, size in bytes) of every regular file, in the order of these paths.
+
+    Links are followed, loops are not entered.
 
     ConfigError where `root` is no folder.
     """
@@ -41,7 +43,8 @@ def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
 
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str, int]]:
     with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
+        # As object stores list: by whole keys, in which the slash after a folder's name counts.
+        ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name) + (b"/" if entry.is_dir() else b""))
     for entry in ordered:
         try:
             found = entry.stat()
@@ -67,11 +70,21 @@ def find(path: str) -> tuple[str, int] | None:
 
 def read(path: str, etag: str | None) -> bytes:
     """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
+    return _read(path, etag, 0, None)
+
+
+def read_range(path: str, start: int, stop: int, etag: str | None) -> bytes:
+    """Bytes `start` to `stop` of the file; otherwise as `read`."""
+    return _read(path, etag, start, stop - start)
+
+
+def _read(path: str, etag: str | None, start: int, num_bytes: int | None) -> bytes:
     with _translated(path):
         try:
             with open(path, "rb") as file:
                 before = os.fstat(file.fileno())
-                content = file.read()
+                file.seek(start)
+                content = file.read(num_bytes)
                 after = os.fstat(file.fileno())
         except (FileNotFoundError, NotADirectoryError):
             if etag is None:

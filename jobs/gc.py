@@ -69,10 +69,10 @@ def _orphans(output: str, record: RunRecord) -> Garbage:
     pngs = storage.join(output, "png", sink.model_folder(record.model_digest), f"run={record.run}")
     parts = table.list_parts(output, record.model_digest, record.run)
     named = [np.empty(0, "S16")]
-    for batch in table.scan(parts, ["mask_uri", "key", "window_y", "window_x", "num_windows"]):
-        rows = [row for row in batch.to_pylist() if row["mask_uri"] is not None]
-        windows = [(row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None for row in rows]
-        keys = [sink.png_key(row["key"], window) for row, window in zip(rows, windows, strict=True)]
+    for batch in table.scan(parts, ["mask_uri"]):
+        # By what follows the run's folder: an output that was moved keeps its PNGs.
+        uris = [uri for uri in batch["mask_uri"].to_pylist() if uri is not None]
+        keys = [uri.rpartition(f"/{sink.model_folder(record.model_digest)}/run={record.run}/")[2] for uri in uris]
         named.append(np.array([_digest(key) for key in keys], "S16"))
     known = np.unique(np.concatenate(named))
 

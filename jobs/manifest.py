@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -18,47 +19,72 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs import storage
-from jobs.storage import StoredObject
-from unetpp.errors import StorageError
+from jobs import members, storage
+from unetpp.errors import ConfigError, StorageError
 
 SHARD_BYTES = 64 << 20
+SHARDS_OF_A_STREAM = 16
+"""At most, of an archive that is read from its start for each."""
 PAGE = 10_000
 ROWS_PER_GROUP = 8192
 
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int32(), nullable=False),
+        pa.field("source", pa.int16(), nullable=False),  # which of the run's sources
         pa.field("key", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("archive_etag", pa.string(), nullable=False),  # empty: a loose object
+        pa.field("position", pa.int64(), nullable=False),  # in the archive; -1: a loose object
         pa.field("window_y", pa.int32(), nullable=False),
         pa.field("window_x", pa.int32(), nullable=False),
         pa.field("window_h", pa.int32(), nullable=False),  # 0: to the image's end
         pa.field("window_w", pa.int32(), nullable=False),
         pa.field("num_windows", pa.int32(), nullable=False),
         pa.field("window_px", pa.int32(), nullable=False),  # 0: the image is not cut
+        pa.field("height", pa.int32(), nullable=False),  # 0: not known before it is read
+        pa.field("width", pa.int32(), nullable=False),
         pa.field("attempts", pa.int16(), nullable=False),  # of this version of the image, in earlier runs
+        pa.field("extra", pa.string()),  # JSON: what the user's manifest says of the image
     ]
 )
 
 Identities = NDArray[np.bytes_]
 
 
+class Listed(NamedTuple):
+    """One image of the sources: a loose object, or a member of an archive."""
+
+    source: int
+    key: str
+    etag: str
+    size_bytes: int
+    archive_etag: str = ""
+    position: int = -1
+    extra: str | None = None
+
+
 class ManifestRow(NamedTuple):
     """One image to do; the columns of SCHEMA."""
 
     shard: int
+    source: int
     key: str
     etag: str
     size_bytes: int
+    archive_etag: str
+    position: int
     window_y: int
     window_x: int
     window_h: int
     window_w: int
     num_windows: int
     window_px: int
+    height: int
+    width: int
     attempts: int
+    extra: str | None
 
 
 class Shard(NamedTuple):
@@ -82,8 +108,6 @@ class Plan(NamedTuple):
     table: pa.Table
     num_listed: int
     num_unchanged: int
-    num_others: int
-    """Objects whose key no include glob matches; not part of `num_listed`."""
 
     @property
     def num_shards(self) -> int:
@@ -105,42 +129,49 @@ def identity(source: str, key: str, etag: str, *window: int) -> bytes:
 
 
 def matcher(include: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a key matches one of the globs, in any case; `*` crosses folders."""
-    found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include)).match
+    """Whether a key matches one of the globs, in any case; `*` crosses folders. No glob matches nothing."""
+    found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include) or "(?!)").match
     return lambda key: found(key.lower()) is not None
 
 
-def plan(
-    listing: Iterable[StoredObject], *, source: str, include: Iterable[str], done: DoneBefore, shard_images: int
-) -> Plan:
-    """Choose what matches and is not done, sort it by key and cut it into shards."""
-    is_image = matcher(include)
-    num_listed, num_others = 0, 0
-    pages = [SCHEMA.empty_table()]
+def plan(listing: Iterable[Listed], *, sources: Sequence[str], done: DoneBefore, shard_images: int) -> Plan:
+    """Choose what is not done and cut it into shards, in the order of the listing.
+
+    `sources` are the names that the table has for what `Listed.source` counts. ConfigError where an image is listed
+    twice.
+    """
+    num_listed, pages, names = 0, [SCHEMA.empty_table()], bytearray()
     for page in _pages(listing):
-        images = [found for found in page if is_image(found.key)]
-        num_others += len(page) - len(images)
-        num_listed += len(images)
-        identities = np.array([identity(source, key, etag, 0, 0, 1, 0) for key, etag, _ in images], "S16")
+        num_listed += len(page)
+        identities = np.array([identity(sources[one.source], one.key, one.etag, 0, 0, 1, 0) for one in page], "S16")
         is_done, attempts = done.lookup(identities)
-        chosen = [found for found, skip in zip(images, is_done, strict=True) if not skip]
+        chosen = [one for one, skip in zip(page, is_done, strict=True) if not skip]
         pages.append(_table(chosen, attempts[~is_done]))
-    table = _by_key(pa.concat_tables(pages))
-    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
-    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
-    return Plan(table, num_listed, num_listed - len(table), num_others)
+        for one in chosen:
+            names += identity(sources[one.source], one.key, "")
+    table = pa.concat_tables(pages)
+    _refuse_twins(np.frombuffer(names, "S16"), table)
+    table = _with_shards(table, shard_images)
+    return Plan(table, num_listed, num_listed - len(table))
 
 
-def plan_again(manifest: pa.Table, attempts: Mapping[tuple[str, int, int], int], *, shard_images: int) -> Plan:
-    """Choose the rows of an earlier manifest that `attempts` names by key and window, and cut them into shards."""
-    places = zip(*(manifest[name].to_pylist() for name in ("key", "window_y", "window_x")), strict=True)
-    tried = [attempts.get(place) for place in places]
+def _refuse_twins(names: Identities, table: pa.Table) -> None:
+    order = np.argsort(names, kind="stable")
+    if len(twins := np.flatnonzero(names[order][1:] == names[order][:-1])):
+        key = table["key"][int(order[twins[0]])].as_py()
+        raise ConfigError(f"{key!r} is listed twice, by one manifest or by several: name every image once")
+
+
+def plan_again(
+    manifest: pa.Table, attempts: Mapping[tuple[str, str, int, int], int], *, sources: Sequence[str], shard_images: int
+) -> Plan:
+    """Choose the rows of an earlier manifest that `attempts` names by source, key and window; cut them into shards."""
+    places = zip(*(manifest[name].to_pylist() for name in ("source", "key", "window_y", "window_x")), strict=True)
+    tried = [attempts.get((sources[source], *place)) for source, *place in places]
     table = manifest.filter(pa.array([number is not None for number in tried], pa.bool_()))
     again = pa.array([number for number in tried if number is not None], pa.int16())
     table = table.set_column(SCHEMA.get_field_index("attempts"), SCHEMA.field("attempts"), again)
-    shards = _cut(table["size_bytes"].to_numpy(), shard_images)
-    table = table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
-    return Plan(table, len(table), 0, 0)
+    return Plan(_with_shards(table, shard_images), len(table), 0)
 
 
 def encode(table: pa.Table) -> bytes:
@@ -183,43 +214,66 @@ def _row_group(manifest_uri: str, group: int) -> pa.Table:
         return file.read_row_group(group)
 
 
-def _by_key(table: pa.Table) -> pa.Table:
-    """Sorted by key. Stores list in this order, and a sorted copy of millions of rows is worth avoiding."""
-    keys = table["key"]
-    is_sorted = pc.all(pc.less_equal(keys[:-1], keys[1:]), min_count=0).as_py() if len(keys) else True
-    return table if is_sorted else table.sort_by("key")
-
-
-def _pages(listing: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
+def _pages(listing: Iterable[Listed]) -> Iterator[list[Listed]]:
     objects = iter(listing)
     while page := list(islice(objects, PAGE)):
         yield page
 
 
-def _table(images: list[StoredObject], attempts: NDArray[np.int16]) -> pa.Table:
+def _table(images: list[Listed], attempts: NDArray[np.int16]) -> pa.Table:
     zeros = np.zeros(len(images), np.int32)
     columns = {
         "shard": zeros,
+        "source": [found.source for found in images],
         "key": [found.key for found in images],
         "etag": [found.etag for found in images],
         "size_bytes": [found.size_bytes for found in images],
+        "archive_etag": [found.archive_etag for found in images],
+        "position": [found.position for found in images],
         "window_y": zeros,
         "window_x": zeros,
         "window_h": zeros,
         "window_w": zeros,
         "num_windows": zeros + 1,
         "window_px": zeros,
+        "height": zeros,
+        "width": zeros,
         "attempts": attempts,
+        "extra": [found.extra for found in images],
     }
     return pa.table(columns, schema=SCHEMA)
 
 
-def _cut(sizes: NDArray[np.int64], shard_images: int) -> NDArray[np.int32]:
-    """Shard number of each row, in order: at most `shard_images` images and, beyond the first, SHARD_BYTES bytes."""
+def _with_shards(table: pa.Table, shard_images: int) -> pa.Table:
+    """The table with the number of each row's shard."""
+    sizes = table["size_bytes"].to_numpy()
+    shards = _cut(sizes, *_limits(table, sizes, shard_images))
+    return table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
+
+
+def _limits(
+    table: pa.Table, sizes: NDArray[np.int64], shard_images: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The most images and bytes of a shard, of each row: more where an archive would be read over and over for it."""
+    most_images, most_bytes = np.full(len(sizes), shard_images), np.full(len(sizes), SHARD_BYTES)
+    etags = table["archive_etag"]
+    starts = [0, *(np.flatnonzero(pc.not_equal(etags[1:], etags[:-1]).to_numpy()) + 1).tolist()] if len(table) else []
+    for start, stop in itertools.pairwise([*starts, len(table)]):
+        split = members.split(table["key"][start].as_py()) if etags[start].as_py() else None
+        if split is not None and members.kind_of(split[0]) in members.STREAMED:
+            passes = SHARDS_OF_A_STREAM - 1  # the cut by bytes is never even
+            most_images[start:stop] = max(shard_images, -(-(stop - start) // passes))
+            most_bytes[start:stop] = max(SHARD_BYTES, -(-int(sizes[start:stop].sum()) // passes))
+    return most_images, most_bytes
+
+
+def _cut(sizes: NDArray[np.int64], most_images: NDArray[np.int64], most_bytes: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Shard number of each row, in order: at most so many images and, beyond the first, bytes."""
     numbers = np.empty(len(sizes), np.int32)
     number, num_images, num_bytes = 0, 0, 0
-    for row, size in enumerate(sizes.tolist()):
-        if num_images == shard_images or (num_images and num_bytes + size > SHARD_BYTES):
+    limits = zip(sizes.tolist(), most_images.tolist(), most_bytes.tolist(), strict=True)
+    for row, (size, images, total) in enumerate(limits):
+        if num_images >= images or (num_images and num_bytes + size > total):
             number, num_images, num_bytes = number + 1, 0, 0
         numbers[row] = number
         num_images, num_bytes = num_images + 1, num_bytes + size

@@ -13,10 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from jobs import models, overlays, storage, table
+from jobs import archives, manifest, models, overlays, storage, table
+from jobs.archives import Content
 from jobs.contract import PredictResult
+from jobs.manifest import Shard
 from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
+from jobs.sources import columns_of, limits_of
 from jobs.table import Part
 from unetpp.checkpoint import LevelScore, read_pretrained
 from unetpp.errors import ImageError, UnetppError
@@ -117,8 +120,8 @@ def render(
         images_per_second=len(rows) / max(last - first, 1e-9),
         megapixels_per_second=result.megapixels / max(last - first, 1e-9),
         failures=_failures(rows),
-        samples=_overlays(archive, parts, footers, sorted(random.tolist())),
-        unsure=_overlays(archive, parts, footers, unsure.tolist()),
+        samples=_overlays(archive, record, parts, footers, sorted(random.tolist())),
+        unsure=_overlays(archive, record, parts, footers, unsure.tolist()),
         throughput=_throughput(footers, first, last),
         levels=_levels(archive, archive.config.output_name or f"L{level}"),
         plot_width=PLOT_WIDTH,
@@ -141,8 +144,11 @@ def _failures(rows: pa.Table) -> list[Failures]:
     ]
 
 
-def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]) -> list[Overlay]:
+def _overlays(
+    archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]
+) -> list[Overlay]:
     """Overlays of the rows numbered `chosen` over all parts; images that cannot be read any more are left out."""
+    contents = _contents(archive, record, sorted(chosen))
     ends = list(accumulate(footer.num_predicted + footer.num_failed for footer in footers))
     shown = []
     for number in chosen:
@@ -151,7 +157,8 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
         columns = ["key", "etag", "mask_png", "class_pixels", "uncertainty", "height", "width"]
         row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
         try:
-            content = storage.read_bytes(storage.join(archive.source_uri, row["key"]), row["etag"])
+            if isinstance(content := contents[number], ImageError):
+                raise content
             picture = overlays.thumbnail(decode_image(content, max_pixels=archive.config.max_pixels))
         except ImageError as error:
             logger.info("the report leaves %s out: %s", row["key"], error.detail)
@@ -169,6 +176,15 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
             )
         )
     return shown
+
+
+def _contents(archive: Archive, record: RunRecord, chosen: list[int]) -> dict[int, Content]:
+    """The images of some rows, by number: in a sealed run all parts together have the manifest's rows, in its order."""
+    uri, config = archive.run_uri(record.run, record.manifest), archive.config
+    rows = [manifest.read_rows(uri, Shard(0, number, number + 1))[0] for number in chosen]
+    with storage.io_threads() as threads:
+        found = archives.contents(archive.roots, rows, threads, limits_of(config), columns_of(config))
+        return {number: content for number, (_, content) in zip(chosen, found, strict=True)}
 
 
 def _throughput(footers: Sequence[Footer], first: float, last: float) -> Plot:

@@ -21,11 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from jobs import hints, manifest, sink, storage
+from jobs.archives import contents
 from jobs.contract import WALL_FACTOR, ExitCode, PredictConfig
 from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor, Limits
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
+from jobs.sources import columns_of, limits_of
 from jobs.watchdog import Watch, watching
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
 from unetpp.images import decode_mask, encode_mask
@@ -46,7 +48,7 @@ class Task:
     """What the shards of a run have in common: plain data, so that it travels to any worker."""
 
     run: str
-    source_uri: str
+    sources: tuple[str, ...]
     output_uri: str
     model_uri: str
     model_digest: str
@@ -84,15 +86,8 @@ class Outcome(NamedTuple):
 
 def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Iterator[Item]:
     """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad."""
-    rows = manifest.read_rows(task.manifest_uri, shard)
-
-    def fetch(row: ManifestRow) -> bytes | ImageError:
-        try:
-            return storage.read_bytes(storage.join(task.source_uri, row.key), row.etag)
-        except ImageError as error:
-            return error
-
-    for row, content in zip(rows, threads.map(fetch, rows), strict=True):
+    rows, config = manifest.read_rows(task.manifest_uri, shard), task.config
+    for row, content in contents(task.sources, rows, threads, limits_of(config), columns_of(config)):
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue
@@ -149,10 +144,10 @@ def write_shard(
     started = time.perf_counter()
     with_png = "png" in task.config.write
 
-    def put_png(row: dict[str, Any]) -> dict[str, Any]:
-        return _put_png(task, row, predictor.num_classes) if with_png and row["error_code"] is None else row
+    def put_png(row: dict[str, Any], source: int) -> dict[str, Any]:
+        return _put_png(task, row, source, predictor.num_classes) if with_png and row["error_code"] is None else row
 
-    written = [threads.submit(put_png, _row(task, predictor, outcome)) for outcome in outcomes]
+    written = [threads.submit(put_png, _row(task, predictor, outcome), outcome.row.source) for outcome in outcomes]
     rows = [future.result() for future in written]
     return sink.commit(
         task.part_uri(shard.number),
@@ -172,7 +167,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     columns: dict[str, Any] = dict.fromkeys(sink.SCHEMA.names)
     columns |= {
         "key": row.key,
-        "source_uri": storage.plain(task.source_uri),
+        "source_uri": storage.plain(task.sources[row.source]),
         "etag": row.etag,
         "window_y": row.window_y,
         "window_x": row.window_x,
@@ -181,6 +176,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "level": predictor.level,
         "model_digest": predictor.digest,
         "attempts": row.attempts + 1,
+        "extra": row.extra,
         "schema_version": sink.SCHEMA_VERSION,
     }
     if prediction is None:
@@ -201,9 +197,10 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _put_png(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
+def _put_png(task: Task, row: dict[str, Any], source: int, num_classes: int) -> dict[str, Any]:
     """Put the mask as an object of its own. Where one is, its bytes go into the row: row and PNG always agree."""
-    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"])
+    folder = source if len(task.sources) > 1 else None
+    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"], source=folder)
     row = row | {"mask_uri": storage.plain(uri)}
     if storage.put_if_absent(uri, row["mask_png"], root=task.output_uri):
         return row

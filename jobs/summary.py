@@ -168,7 +168,7 @@ def _show_status(result: StatusResult, console: Console) -> None:
     num_done = result.num_predicted + result.num_failed
     state = result.state if result.state != "open" else "working, or waiting for the same command to go on"
     _line(console, result.run, state + (f", a retry of {result.parent}" if result.parent else ""))
-    _line(console, "archive", result.source_uri)
+    _line(console, "archive", ", ".join(result.sources))
     _line(
         console,
         "done",

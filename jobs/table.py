@@ -22,8 +22,8 @@ from unetpp.errors import PERMANENT_IMAGE_ERRORS
 MAX_ATTEMPTS = 3
 PARTS_AT_ONCE = 64
 
-Place = tuple[str, int, int]
-"""Key, window_y, window_x."""
+Place = tuple[str, str, int, int]
+"""Source, key, window_y, window_x."""
 
 _PLACE = ["source_uri", "key", "window_y", "window_x"]
 _IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
@@ -204,7 +204,7 @@ def done_before(
     output: str,
     digest: str | None,
     *,
-    source: str,
+    sources: Collection[str],
     write: Collection[str],
     written_by_run: Mapping[str, Collection[str]],
     waiting: Collection[str] = (),
@@ -217,7 +217,7 @@ def done_before(
     Args:
         output: where the table is.
         digest: the model's; None: by any model.
-        source: the archive.
+        sources: what is read, as rows name it.
         write: what is wanted now.
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
@@ -227,9 +227,9 @@ def done_before(
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts"]):
-            rows = [row for row in batch.to_pylist() if row["source_uri"] == source]
+            rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
             done.add(
-                np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16"),
+                np.array([identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows], "S16"),
                 np.array([covers and _is_settled(row, run in waiting) for row in rows], bool),
                 np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16),
             )
@@ -255,7 +255,7 @@ def still_failed(
     for number in sorted(name for name in by_run if name >= run):
         for batch in scan(by_run[number], [*_PLACE, "error_code", "attempts"]):
             for row in batch.to_pylist():
-                place = (row["key"], row["window_y"], row["window_x"])
+                place = (row["source_uri"], row["key"], row["window_y"], row["window_x"])
                 if number == run:
                     sources.add(row["source_uri"])
                 if row["source_uri"] not in sources or (number != run and place not in failed):

@@ -27,7 +27,7 @@ def run(place: str) -> tuple[Archive, RunRecord]:
     record = RunRecord(
         run="r00001",
         fingerprint="f",
-        source_uri="images",
+        sources=("images",),
         model_digest="0" * 64,
         write=("parquet",),
         manifest="manifest.parquet",

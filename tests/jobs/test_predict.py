@@ -26,6 +26,7 @@ from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
 from jobs.shard import Item, Task, Worker, new_decoders, predict_shard, read_shard, write_shard
+from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from unetpp.config import ModelConfig
@@ -313,7 +314,7 @@ def _open_a_run(segment: Callable[..., PredictResult], tmp_path: Path, **changed
     elsewhere = segment(output=str(tmp_path / "digest only"), **changed)
     record = json.loads((tmp_path / "digest only" / "runs" / "r00001" / "run.json").read_text())
     config = PredictConfig.model_validate(record["config"] | {"output": out})
-    opening = open_run(Archive(record["source_uri"], out, elsewhere.model_digest, config))
+    opening = open_run(Archive(resolve([record["config"]["input"][0]], out), out, elsewhere.model_digest, config))
     assert isinstance(opening, Opening)
     return opening
 
@@ -323,7 +324,7 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
     record = opening.record
     task = Task(
         run=record.run,
-        source_uri=record.source_uri,
+        sources=record.sources,
         output_uri=f"{tmp_path}/out",
         model_uri=record.config["model"],
         model_digest=record.model_digest,

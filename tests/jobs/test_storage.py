@@ -293,7 +293,18 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None
     assert list(storage.list_objects(tmp_path)) == []
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/key", "file://host/key", "s3:///key", ""])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "gs://bucket/key",
+        "odd://host/key",
+        "s3a://bucket/key",
+        "http://me:word@host/key",
+        "file://host/key",
+        "s3:///key",
+        "",
+    ],
+)
 def test_a_scheme_that_cannot_be_opened_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):
         storage.canonical(uri)
