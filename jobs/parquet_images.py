@@ -1,4 +1,4 @@
-"""Parquet files with a column of image bytes: a row is an image, read batch by batch, never a row group at once."""
+"""Parquet files with a column of image bytes: a row is an image, read row by row, never a row group at once."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 
 from jobs.members import Limits, Member, name_of, refused, rest, sha256
 
-BATCH_ROWS = 16
 IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content")
 NAME_COLUMNS = ("key", "id", "name", "file_name", "filename", "path")
 BROKEN = (OSError, pa.ArrowException, KeyError, ValueError)
@@ -24,7 +23,7 @@ class Columns(NamedTuple):
 
 def index(stream: BinaryIO, archive_bytes: int, columns: Columns, limits: Limits) -> Iterator[Member]:
     """Every row with its name and SHA-256. Last what is left out, if anything is."""
-    row = 0
+    row, total, max_bytes = 0, 0, limits.max_bytes(archive_bytes)
     try:
         file = _open(stream)
         if (image := _image_column(file.schema_arrow, columns.image)) is None:
@@ -32,16 +31,17 @@ def index(stream: BinaryIO, archive_bytes: int, columns: Columns, limits: Limits
             return
         name = _name_column(file.schema_arrow, columns.name)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > limits.max_bytes(archive_bytes):
+        if sum(group.total_byte_size for group in groups) > max_bytes:
             yield rest("bomb", 0)
             return
-        for images, names in _batches(file, [image, *([name] if name else [])]):
-            for value, told in zip(images, names or [None] * len(images), strict=True):
-                if row == limits.max_members:
-                    yield rest("count", row)
-                    return
-                yield _member(value, told, row, limits)
-                row += 1
+        for value, told in _values(file, image, name):
+            member = _member(value, told, row, limits)
+            total += member.size_bytes
+            if row == limits.max_members or total > max_bytes:
+                yield rest("count" if row == limits.max_members else "bomb", row)
+                return
+            yield member
+            row += 1
     except BROKEN:
         yield rest("rows", row)
 
@@ -61,15 +61,13 @@ def read(stream: BinaryIO, rows: Sequence[int], columns: Columns) -> Iterator[by
         row, start = next(wanted, None), 0
         for group in range(file.metadata.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
-            if row is not None and row < stop:
-                at = start
-                for images, _ in _batches(file, [image], [group]):
-                    while row is not None and row < at + len(images):
-                        content = _bytes_of(images[row - at])
-                        num_read += 1
-                        row = next(wanted, None)
-                        yield content
-                    at += len(images)
+            for at, (value, _) in enumerate(_values(file, image, None, [group]) if _is_below(row, stop) else (), start):
+                if at == row:
+                    num_read += 1
+                    yield _bytes_of(value)
+                    row = next(wanted, None)
+                    if not _is_below(row, stop):
+                        break
             start = stop
     except BROKEN:
         pass
@@ -93,12 +91,17 @@ def _open(stream: BinaryIO) -> pq.ParquetFile:
     return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20)
 
 
-def _batches(
-    file: pq.ParquetFile, columns: list[str], groups: list[int] | None = None
-) -> Iterator[tuple[list[Any], list[Any]]]:
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
-        names = batch.column(columns[1]).to_pylist() if len(columns) > 1 else []
-        yield batch.column(columns[0]).to_pylist(), names
+def _values(
+    file: pq.ParquetFile, image: str, name: str | None, groups: list[int] | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """(image, name) of each row. One by one: a dictionary of one huge value makes of every row a copy of it."""
+    columns = [image] if name is None else [image, name]
+    for batch in file.iter_batches(1, row_groups=groups, columns=columns, use_threads=False):
+        yield batch.column(image)[0].as_py(), None if name is None else batch.column(name)[0].as_py()
+
+
+def _is_below(row: int | None, stop: int) -> bool:
+    return row is not None and row < stop
 
 
 def _bytes_of(value: Any) -> bytes | None:

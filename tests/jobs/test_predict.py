@@ -246,7 +246,12 @@ def test_what_breaks_on_one_image_does_not_break_its_batch() -> None:
     predictor = Predictor(FailingEngine(), ModelConfig(level=1, in_channels=1), digest="d")
     values = [1, 13, 20, 1]
     items = [
-        Item(ManifestRow(0, str(value), "e", 1, 0, 0, 0, 0, 1, 0, 0), np.full((8, 8, 1), value, np.uint8), None, 0.0)
+        Item(
+            ManifestRow(0, 0, str(value), "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None),
+            np.full((8, 8, 1), value, np.uint8),
+            None,
+            0.0,
+        )
         for value in values
     ]
     items.insert(2, Item(items[0].row, None, ImageError("decode", "cut short"), 0.0))
