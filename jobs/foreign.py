@@ -7,8 +7,10 @@ ETag, checksum or time of change, and its size. A server that tells none of thes
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,10 +22,10 @@ from unetpp.errors import ConfigError, ImageError, StorageError
 
 Answer = TypeVar("Answer")
 
-MAX_ATTEMPTS, RETRY_SECONDS = 5, 60.0
+MAX_ATTEMPTS, RETRY_SECONDS, ASKED_AT_ONCE = 5, 60.0, 16
 VERSION_KEYS = (
-    *("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum"),
-    *("mtime", "LastModified", "last_modified", "updated", "modify", "created"),
+    *("ETag", "etag", "generation", "md5Hash", "content_md5", "Content-MD5", "checksum"),
+    *("Last-Modified", "mtime", "LastModified", "last_modified", "updated", "modify", "created"),
 )
 NOT_HERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -50,17 +52,18 @@ def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
     """(path below `root`, etag, size in bytes) of every object. ConfigError where there is nothing."""
     filesystem, path = _connect(root)
     prefix = path.rstrip("/") + "/"
-    nothing: dict[str, Mapping[str, Any]] = {}
-    found = _retried(root, lambda: filesystem.find(path, detail=True), missing=nothing)
+    nothing: list[str] = []
+    found = _retried(root, lambda: filesystem.find(path), missing=nothing)
     if not found:
         raise ConfigError(f"there is nothing at {root}: check the address")
-    for name in sorted(found):
-        info: Mapping[str, Any] | None = found[name]
-        if name.startswith(prefix) and not name.endswith("/"):
-            if not any(found[name].get(key) for key in VERSION_KEYS) or found[name].get("size") is None:
-                info = _info(root, filesystem, name)  # some list names alone
-            if info is not None:
-                yield name.removeprefix(prefix), _etag(info), int(info.get("size") or 0)
+    names = iter(sorted(name for name in found if name.startswith(prefix) and not name.endswith("/")))
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        while some := list(itertools.islice(names, 8 * ASKED_AT_ONCE)):
+            # What a listing says of a version and what a later question says differ with some drivers.
+            infos = threads.map(lambda name: _info(root, filesystem, name), some)
+            for name, info in zip(some, infos, strict=True):
+                if info is not None:
+                    yield name.removeprefix(prefix), _etag(info), int(info.get("size") or 0)
 
 
 def find(uri: str) -> tuple[str, int] | None:

@@ -52,7 +52,7 @@ MAX_ATTEMPTS, RETRY_SECONDS, MAX_WAIT_S = 9, 120.0, 20.0
 SILENT_TRIES = DAMAGED_TRIES = 4
 MIN_GAP_S, MAX_GAP_S = 0.01, 1.0
 NUM_CONNECTIONS = 32
-MAX_PAGES_IN_LINE, LISTINGS_AT_ONCE = 4, 16
+PAGE_KEYS, MAX_PAGES_IN_LINE, LISTINGS_AT_ONCE = 1000, 4, 16
 
 
 class _Client(S3FileSystem):
@@ -103,8 +103,9 @@ class S3:
     def _pages(self, uri: str, bucket: str, prefix: str, below: str = "") -> Generator[Page]:
         """Pages of the objects below `prefix` + `below`, their keys taken from `prefix` on."""
         more: dict[str, str] = {}
+        where = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE_KEYS}
         while True:
-            page = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=prefix + below, **more)
+            page = self._call(uri, "list_objects_v2", **where, **more)
             yield _objects(page, prefix)
             if not page.get("IsTruncated"):
                 return
@@ -118,7 +119,8 @@ class S3:
         """
         below = ""
         while True:
-            page = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=prefix + below, Delimiter="/")
+            where = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE_KEYS}
+            page = self._call(uri, "list_objects_v2", **where, Delimiter="/")
             folders = [found["Prefix"].removeprefix(prefix) for found in page.get("CommonPrefixes", ())]
             beside = _objects(page, prefix)
             if page.get("IsTruncated") or not folders or (beside and len(folders) == 1):
