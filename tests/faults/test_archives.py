@@ -366,7 +366,7 @@ def test_a_run_over_archives_killed_at_any_storage_call_is_finished_by_the_next(
     digest = undisturbed.model_digest
     masks = {row["key"]: row["mask_png"] for row in rows_of(f"{tmp_path}/undisturbed", digest)}
     assert set(masks) == keys
-    for at in range(1, stepper.num_calls + 1, 5):
+    for at in range(1, stepper.num_calls + 1, 11):
         archives._places.cache_clear()
         output = f"{tmp_path}/{at}"
         with stepped(Stepper(at, side, die)), pytest.raises(Stopped):
