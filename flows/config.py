@@ -8,7 +8,15 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.config import JsonDict
 
 from flows.nights import MINUTES_A_DAY
-from jobs.contract import BACKFILL_IMAGES, LABELLED_DATA, ON_NEW_MODEL, OnNewModel, PredictOptions, TrainOptions
+from jobs.contract import (
+    BACKFILL_IMAGES,
+    LABELLED_DATA,
+    MANY_INPUTS,
+    ON_NEW_MODEL,
+    OnNewModel,
+    PredictOptions,
+    TrainOptions,
+)
 from unetpp.config import Frozen
 
 
@@ -64,7 +72,9 @@ def _known_zone(name: str) -> str:
 
 class _Archive(Frozen):
     models: str = Field(description="where models live: a folder each, and current-00001.json, which names one")
-    input: str = Field(description="folder or s3:// prefix of images; {night} in it becomes the night's date")
+    input: str | tuple[str, ...] = Field(
+        description=f"{MANY_INPUTS}, or several of these; {{night}} in it becomes the night's date"
+    )
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     predict: PredictOptions = PredictOptions()
     on_new_model: OnNewModel = Field("new_only", description=ON_NEW_MODEL)

@@ -100,6 +100,9 @@ def _check(what: str, subject: Any, look: Callable[[Any], str], asked_by: str) -
 
 
 def _input(uri: str) -> str:
+    if (found := storage.find(uri)) is not None:
+        storage.read_range(uri, 0, min(1, found.size_bytes), found.etag)
+        return f"{uri}: found, and read, {found.size_bytes} bytes"
     for entry in storage.list_objects(uri):
         content = storage.read_bytes(storage.join(storage.canonical(uri), entry.key), entry.etag)
         return f"{uri}: listed, and {entry.key} read, {len(content)} bytes"

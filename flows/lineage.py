@@ -39,7 +39,7 @@ def event(job: PredictConfig, predicted: PredictResult, run: str) -> dict[str, A
         "eventTime": datetime.now(UTC).isoformat(),
         "run": {"runId": str(flow_run or uuid.uuid5(uuid.NAMESPACE_URL, f"{job.output}/{run}")), "facets": {}},
         "job": {"namespace": "unetpp", "name": "predict", "facets": {}},
-        "inputs": [_dataset(job.input), _dataset(job.model)],
+        "inputs": [*map(_dataset, job.input), _dataset(job.model)],
         "outputs": [_dataset(predicted.table_uri) | {"outputFacets": {"outputStatistics": statistics}}],
         "producer": PRODUCER,
         "schemaURL": SCHEMA,
@@ -60,7 +60,7 @@ def _materialize(job: PredictConfig, predicted: PredictResult) -> None:
         properties=AssetProperties(name="masks", description="one row an image: its mask, or why there is none"),
     )
 
-    @materialize(asset, asset_deps=[_asset_key(job.input), _asset_key(job.model)], by="ray")
+    @materialize(asset, asset_deps=[*map(_asset_key, job.input), _asset_key(job.model)], by="ray")
     def masks() -> None:
         counts = predicted.model_dump(include={"runs", "num_listed", "num_predicted", "num_failed", "model_digest"})
         add_asset_metadata(asset, counts)

@@ -205,9 +205,10 @@ def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
     _, model = registry.current(config.models)
     if model is None:
         raise ConfigError(f"{config.models} has no current model: run flows.train or flows.nightly first")
+    inputs = (config.input,) if isinstance(config.input, str) else config.input
     return PredictConfig(
         model=registry.model_uri(config.models, model.digest),
-        input=config.input.replace("{night}", f"{night[:4]}-{night[4:6]}-{night[6:8]}"),
+        input=tuple(uri.replace("{night}", f"{night[:4]}-{night[4:6]}-{night[6:8]}") for uri in inputs),
         output=config.output,
         on_new_model=config.on_new_model,
         backfill_images=config.backfill_images,

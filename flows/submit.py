@@ -63,9 +63,15 @@ def seen_from_elsewhere(config: Config) -> Config:
 
     A packaged model stays one: the cluster has the package as well.
     """
-    places = {name: place for name in PLACES if isinstance(place := getattr(config, name, None), str)}
-    spelling = {"model": models.canonical}
-    return config.model_copy(update={name: spelling.get(name, storage.canonical)(places[name]) for name in places})
+    seen: dict[str, object] = {}
+    for name in PLACES:
+        spelt = models.canonical if name == "model" else storage.canonical
+        match getattr(config, name, None):
+            case str(place):
+                seen[name] = spelt(place)
+            case tuple(several):
+                seen[name] = tuple(map(spelt, several))
+    return config.model_copy(update=seen)
 
 
 def _say(line: str) -> None:

@@ -58,7 +58,7 @@ class _Kind(NamedTuple):
     """What the rows of one part have in common."""
 
     model_digest: str
-    source_uri: str
+    sources: tuple[str, ...]
     write: tuple[str, ...]
 
 
@@ -97,7 +97,7 @@ def _begin(output: str, kind: _Kind, part_bytes: int) -> _Copying | None:
         states = list_runs(output)
         name = next_run(states)
         records = _read_records(output, states)
-        mine = {run: record for run, record in records.items() if _kind_of(record).source_uri == kind.source_uri}
+        mine = {run: record for run, record in records.items() if set(kind.sources) & set(_kind_of(record).sources)}
         for run, record in mine.items():
             if record.compacts and states[run] == "open":
                 return _resume(output, record)
@@ -161,7 +161,7 @@ def _finish(copying: _Copying, started: float) -> Compaction:
     return Compaction(
         run=record.run,
         model_digest=record.model_digest,
-        source_uri=record.source_uri,
+        sources=record.sources,
         compacted=record.compacts,
         num_rows=result.num_listed,
         num_parts_before=_num_parts(shards),
@@ -260,11 +260,11 @@ def _manifest(archive: Archive, records: dict[str, RunRecord], shards: Sequence[
     for run, several in groupby(placed, key=lambda each: each[1].part.run):
         record, mine = records[run], list(several)
         listed = manifest.read(archive.run_uri(run, record.manifest), record.manifest_sha256)
-        names = [listed[name].to_pylist() for name in ("key", "window_y", "window_x")]
-        row_of = {place: row for row, place in enumerate(zip(*names, strict=True))}
-        columns = ["key", "window_y", "window_x"]
+        names = [listed[name].to_pylist() for name in PLACE[1:]]
+        sources = [storage.plain(record.sources[number]) for number in listed["source"].to_pylist()]
+        row_of = {place: row for row, place in enumerate(zip(sources, *names, strict=True))}
         for (shard, piece), (_, rows) in zip(
-            mine, table.scan_parts([piece.part for _, piece in mine], columns), strict=True
+            mine, table.scan_parts([piece.part for _, piece in mine], PLACE), strict=True
         ):
             places = rows.take(pa.array(piece.rows)).to_pylist()
             if missing := [place for place in places if tuple(place.values()) not in row_of]:
@@ -297,13 +297,12 @@ def _record(
 
 def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[str, State]) -> None:
     for run, record in records.items():
+        what = f"run {run} of {', '.join(record.sources)}"
         if states[run] == "open":
-            raise ConfigError(f"run {run} of {record.source_uri} is not finished: finish it first, then compact")
+            raise ConfigError(f"{what} is not finished: finish it first, then compact")
         archive = Archive.of(storage.join(output, "runs", run), record)
         if states[run] == "abandoned" and pending_shards(archive, record):
-            raise ConfigError(
-                f"run {run} of {record.source_uri} is being given up: let the predict command that does so end first"
-            )
+            raise ConfigError(f"{what} is being given up: let the predict command that does so end first")
 
 
 def _is_small(parts: Sequence[Part], part_bytes: int) -> bool:
@@ -316,7 +315,8 @@ def _num_parts(shards: Sequence[Sequence[_Piece]]) -> int:
 
 
 def _kind_of(record: RunRecord) -> _Kind:
-    return _Kind(record.model_digest, storage.plain(record.source_uri), tuple(sorted(record.write)))
+    sources = tuple(storage.plain(source) for source in record.sources)
+    return _Kind(record.model_digest, sources, tuple(sorted(record.write)))
 
 
 def _read_records(output: str, runs: dict[str, State]) -> dict[str, RunRecord]:

@@ -9,7 +9,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unetpp.card import UNSTATED, LevelChoice
 from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
@@ -329,6 +329,12 @@ WALL_FACTOR = 5
 WriteFormat = Literal["parquet", "png", "probability"]
 
 
+MANY_INPUTS = (
+    "folder or s3:// prefix of images, an archive (.tar, .tar.gz, .tar.zst, .zip, .parquet), or a manifest (.csv or "
+    ".parquet with a column uri)"
+)
+
+
 class PredictOptions(Frozen):
     """How to predict, whatever the archive: the part of `PredictConfig` that a flow's config holds."""
 
@@ -342,7 +348,24 @@ class PredictOptions(Frozen):
     )
     include: tuple[str, ...] = Field(
         ("*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff", "*.svs", "*.bmp", "*.webp"),
-        description="globs on the key, case-insensitive",
+        description="globs on the key, case-insensitive; rows of Parquet files and of manifests are images whatever "
+        "they are called",
+    )
+    exclude: tuple[str, ...] = Field((), description="globs on the key of what is left out, archives too")
+    image_column: str | None = Field(
+        None, description="of Parquet files, with image bytes; default: image, image_bytes, bytes or content"
+    )
+    name_column: str | None = Field(
+        None, description="of Parquet files, with the images' names; default: key, id, name, file_name or path"
+    )
+    max_members: Annotated[int, Field(ge=1)] = Field(
+        1_000_000, description="members of an archive that are looked at; the rest becomes one too_large row"
+    )
+    max_member_mb: Annotated[int, Field(ge=1)] = Field(
+        1024, description="size, MiB, of an archive's member; larger ones become too_large rows"
+    )
+    max_ratio: Annotated[float, Field(ge=1)] = Field(
+        200.0, description="an archive above 256 MiB may unpack to so many times its size; the rest is too_large"
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
@@ -414,6 +437,10 @@ class PredictOptions(Frozen):
         return self
 
 
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 OnNewModel = Literal["new_only", "backfill", "all"]
 ON_NEW_MODEL = (
     "what is done of images that older models have done: new_only leaves them, backfill does backfill_images of them "
@@ -426,7 +453,9 @@ class PredictConfig(PredictOptions):
     """Segment every image of an archive; run it again to do what is new."""
 
     model: str = Field(description="model folder or URI")
-    input: str = Field(description="folder or s3:// prefix of images")
+    input: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
+        min_length=1, description=f"{MANY_INPUTS}; may be given more than once"
+    )
     output: str = Field(description="folder or s3:// prefix for the table, the PNGs and the run records")
     on_new_model: OnNewModel = Field("all", description=ON_NEW_MODEL)
     backfill_images: Annotated[int, Field(ge=1)] = Field(10_000, description=BACKFILL_IMAGES)
@@ -517,7 +546,7 @@ class StatusResult(Frozen):
 
     run: str
     state: Literal["open", "sealed", "abandoned", "compacted"]
-    source_uri: str
+    sources: tuple[str, ...]
     model_digest: str
     opened_at: datetime
     parent: str | None
@@ -620,7 +649,7 @@ class Compaction(Frozen):
 
     run: str
     model_digest: str
-    source_uri: str
+    sources: tuple[str, ...]
     compacted: tuple[str, ...] = Field(description="runs whose parts no reader needs any more")
     num_rows: int
     num_parts_before: int
@@ -639,6 +668,9 @@ class ForgetConfig(Frozen):
 
     output: OutputUri
     key: str = Field(description="key of the image: its path below the input", json_schema_extra={"positional": True})
+    source: str | None = Field(
+        None, description="the archive, as the table's source_uri says; default: every one that has the key"
+    )
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 

@@ -26,7 +26,9 @@ _ADVICE = {
 
 
 def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
-    """(path below `root`, etag, size in bytes) of every regular file; links are followed, loops are not entered.
+    """(path below `root`, etag, size in bytes) of every regular file, in the order of these paths.
+
+    Links are followed, loops are not entered.
 
     ConfigError where `root` is no folder.
     """
@@ -42,7 +44,8 @@ def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
 
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str, int]]:
     with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
+        # As object stores list: by whole keys, in which the slash after a folder's name counts.
+        ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name) + (b"/" if entry.is_dir() else b""))
     for entry in ordered:
         try:
             found = entry.stat()
@@ -66,11 +69,17 @@ def find(path: str) -> tuple[str, int] | None:
     return (_etag(found), found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
-def read(path: str, etag: str | None, span: tuple[int, int] | None = None) -> bytes:
-    """The file's bytes, or those from `span[0]` to `span[1]`; with `etag`, of that version or ImageError `changed` or
-    `gone`. StorageError where the file ends before the span does.
-    """
-    start, stop = span or (0, None)
+def read(path: str, etag: str | None) -> bytes:
+    """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
+    return _read(path, etag, 0, None)
+
+
+def read_range(path: str, start: int, stop: int, etag: str | None) -> bytes:
+    """Bytes `start` to `stop` of the file; otherwise as `read`. StorageError where it ends before."""
+    return _read(path, etag, start, stop)
+
+
+def _read(path: str, etag: str | None, start: int, stop: int | None) -> bytes:
     with _translated(path):
         try:
             with open(path, "rb") as file:

@@ -1,5 +1,6 @@
 """The story of one image: `unetpp explain RUN KEY`."""
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import manifest, runs, storage, table
@@ -15,13 +16,12 @@ def run(config: ExplainConfig) -> ExplainResult:
     record, output = runs.read_record(run_uri), runs.output_of(run_uri)
     listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256)
     found = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
-    source_uri = storage.plain(record.source_uri)
+    sources = pa.array([storage.plain(source) for source in record.sources])
     rows: list[Attempt] = []
     for part in reversed(table.list_parts(output, record.model_digest)):
         for batch in table.scan([part], COLUMNS):
-            chosen = batch.filter(
-                pc.and_(pc.equal(batch["key"], config.key), pc.equal(batch["source_uri"], source_uri))
-            )
+            is_ours = pc.is_in(batch["source_uri"], value_set=sources)
+            chosen = batch.filter(pc.and_(pc.equal(batch["key"], config.key), is_ours))
             rows += [_attempt(row, part) for row in chosen.to_pylist()]
     first = found[0] if found else {}
     was_committed = bool(found) and runs.state_of(run_uri) == "compacted"  # then another run holds its rows

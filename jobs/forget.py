@@ -23,7 +23,7 @@ from unetpp.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FORGOTTEN: dict[str, Any] = dict.fromkeys(
-    ("mask_png", "mask_uri", "class_pixels", "uncertainty", "probability_png", "geo")
+    ("mask_png", "mask_uri", "class_pixels", "uncertainty", "probability_png", "geo", "extra")
 )
 FORGOTTEN |= {"error_code": "forgotten", "error": "removed on request"}
 
@@ -34,7 +34,7 @@ def run(config: ForgetConfig) -> ForgetResult:
     num_rows: dict[Part, int] = {}
     while True:
         runs = list_runs(output)
-        num_rows |= _forget_in_runs(output, config.key, runs)
+        num_rows |= _forget_in_runs(output, config, runs)
         if list_runs(output).keys() <= runs.keys():
             break  # else a run was opened meanwhile, and may copy what was there before
     if not num_rows:
@@ -46,8 +46,9 @@ def run(config: ForgetConfig) -> ForgetResult:
     )
 
 
-def _forget_in_runs(output: str, key: str, runs: Mapping[str, State]) -> dict[Part, int]:
+def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]) -> dict[Part, int]:
     """Forget an image in these runs; the number of its rows by part."""
+    key = config.key
     records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
     for name, record in records.items():
         run_uri = storage.join(output, "runs", name)
@@ -63,7 +64,7 @@ def _forget_in_runs(output: str, key: str, runs: Mapping[str, State]) -> dict[Pa
     num_rows: dict[Part, int] = {}
     for name, record in records.items():
         for part in table.list_parts(output, record.model_digest, name):
-            if found := _forget_in(part, key, output):
+            if found := _forget_in(part, config, output):
                 num_rows[part] = found
     for name in sorted({part.run for part in num_rows}):
         if runs[name] == "sealed":  # its report may show the image, its counts changed
@@ -72,12 +73,14 @@ def _forget_in_runs(output: str, key: str, runs: Mapping[str, State]) -> dict[Pa
     return num_rows
 
 
-def _forget_in(part: Part, key: str, output: str) -> int:
-    """Write a part anew without the masks of `key`, and delete their PNGs; the number of its rows."""
-    if not any(pc.any(pc.equal(batch["key"], key)).as_py() for batch in table.scan([part], ["key"])):
+def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
+    """Write a part anew without the masks of an image, and delete their PNGs; the number of its rows."""
+    if not any(pc.any(pc.equal(batch["key"], config.key)).as_py() for batch in table.scan([part], ["key"])):
         return 0
     rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
-    mine = [row for row in rows if row["key"] == key]
+    mine = [row for row in rows if row["key"] == config.key and config.source in (None, row["source_uri"])]
+    if not mine:
+        return 0
     (footer,) = table.read_footers([part])
     place = storage.plain(output)  # as rows name it, who know of no profile
     pngs = [output + row["mask_uri"].removeprefix(place) for row in mine if row["mask_uri"] is not None]

@@ -105,14 +105,11 @@ def _names(output: str, digest: str, run: str) -> dict[str, Names]:
     """What the rows of a run name: PNGs of its own folder, or, where it copied them, of other runs'."""
     named: dict[str, Names] = {}
     parts = table.list_parts(output, digest, run)
-    for batch in table.scan(parts, ["mask_uri", "key", "window_y", "window_x", "num_windows"]):
-        for row in batch.to_pylist():
-            if row["mask_uri"] is None:
-                continue
-            window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
-            key = sink.png_key(row["key"], window)
-            folder = row["mask_uri"].removesuffix(f"/{key}").rpartition("/run=")[2]
-            named.setdefault(folder, Names()).extend(_digest(key) + _digest(sink.probability_uri(key)))
+    for batch in table.scan(parts, ["mask_uri"]):
+        for uri in batch["mask_uri"].to_pylist():
+            if uri is not None:  # by what follows the model's folder: an output that was moved keeps its PNGs
+                run_id, _, key = uri.rpartition(f"/{sink.model_folder(digest)}/run=")[2].partition("/")
+                named.setdefault(run_id, Names()).extend(_digest(key) + _digest(sink.probability_uri(key)))
     return named
 
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.contract import WALL_FACTOR, PredictConfig
+from jobs.ranged import Ranged
 from unetpp.config import Bands, Level, Pages
 from unetpp.engines import Mode
 from unetpp.errors import ImageError, ImageErrorCode
@@ -43,8 +44,6 @@ MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
 MAX_READINGS = 4
 """How many times its size of an image may be read for one answer."""
 
-Spans = Sequence[tuple[int, int]]
-
 
 class Limits(NamedTuple):
     """What one image may cost. memory_bytes counts beyond what the idle child needs; 0: no limit."""
@@ -56,14 +55,6 @@ class Limits(NamedTuple):
     def of(cls, config: PredictConfig) -> Self:
         """What decoding one image may cost."""
         return cls(config.decode_seconds, config.decode_memory_mb << 20)
-
-
-class Ranged(NamedTuple):
-    """A stored image that is read in spans of bytes. `name` is of this version of it alone."""
-
-    name: str
-    size_bytes: int
-    read: Callable[[Spans], Sequence[bytes]]
 
 
 class Measure(NamedTuple):

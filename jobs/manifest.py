@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -18,21 +19,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs import storage
-from jobs.storage import StoredObject
-from unetpp.errors import StorageError
+from jobs import members, storage
+from unetpp.errors import ConfigError, StorageError
 from unetpp.tiles import Box
 
 SHARD_BYTES = 64 << 20
+SHARDS_OF_A_STREAM = 16
+"""At most, of an archive that is read from its start for each."""
 PAGE = 10_000
 ROWS_PER_GROUP = 8192
 
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int32(), nullable=False),
+        pa.field("source", pa.int16(), nullable=False),  # which of the run's sources
         pa.field("key", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("archive_etag", pa.string(), nullable=False),  # empty: a loose object
+        pa.field("position", pa.int64(), nullable=False),  # in the archive; -1: a loose object
         pa.field("window_y", pa.int32(), nullable=False),
         pa.field("window_x", pa.int32(), nullable=False),
         pa.field("window_h", pa.int32(), nullable=False),  # 0: to the image's end
@@ -42,13 +47,28 @@ SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),  # of the image; 0: not known when it was planned
         pa.field("width", pa.int32(), nullable=False),
         pa.field("attempts", pa.int16(), nullable=False),  # of this version of the image, in earlier runs
+        pa.field("extra", pa.string()),  # JSON: what the user's manifest says of the image
     ]
 )
 
 _COSTS = ["size_bytes", "window_h", "window_w", "num_windows"]
 
 Identities = NDArray[np.bytes_]
-Cut = Callable[[Sequence[StoredObject], int], list[list[Box]]]
+
+
+class Listed(NamedTuple):
+    """One image of the sources: a loose object, or a member of an archive."""
+
+    source: int
+    key: str
+    etag: str
+    size_bytes: int
+    archive_etag: str = ""
+    position: int = -1
+    extra: str | None = None
+
+
+Cut = Callable[[Sequence[Listed], int], list[list[Box]]]
 """(images, window_px) -> the windows of each; none for one that is not cut."""
 
 
@@ -56,9 +76,12 @@ class ManifestRow(NamedTuple):
     """One image to do, or one window of a huge one; the columns of SCHEMA."""
 
     shard: int
+    source: int
     key: str
     etag: str
     size_bytes: int
+    archive_etag: str
+    position: int
     window_y: int
     window_x: int
     window_h: int
@@ -68,6 +91,7 @@ class ManifestRow(NamedTuple):
     height: int
     width: int
     attempts: int
+    extra: str | None
 
 
 class Shard(NamedTuple):
@@ -91,8 +115,6 @@ class Plan(NamedTuple):
     table: pa.Table
     num_listed: int
     num_unchanged: int
-    num_others: int
-    """Objects whose key no include glob matches; not part of `num_listed`."""
 
     @property
     def num_shards(self) -> int:
@@ -125,49 +147,50 @@ def whole_identity(source: str, key: str, etag: str, window_px: int) -> bytes:
 
 
 def matcher(include: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a key matches one of the globs, in any case; `*` crosses folders."""
-    found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include)).match
+    """Whether a key matches one of the globs, in any case; `*` crosses folders. No glob matches nothing."""
+    found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include) or "(?!)").match
     return lambda key: found(key.lower()) is not None
 
 
 def plan(
-    listing: Iterable[StoredObject],
+    listing: Iterable[Listed],
     *,
-    source: str,
-    include: Iterable[str],
+    sources: Sequence[str],
     done: DoneBefore,
     shard_images: int,
     cut: Cut | None = None,
     window_px: int = 0,
 ) -> Plan:
-    """Choose what matches and is not done, sort it by key and cut it into shards.
+    """Choose what is not done and cut it into shards, in the order of the listing.
 
-    With `cut`, images larger than `window_px` become windows. One of whose windows some are not done is planned whole.
+    `sources` are the names that the table has for what `Listed.source` counts. With `cut`, images larger than
+    `window_px` become windows; one of whose windows some are not done is planned whole. ConfigError where an image is
+    listed twice.
     """
-    is_image = matcher(include)
-    num_listed, num_others = 0, 0
-    pages = [SCHEMA.empty_table()]
+    num_listed, pages, names = 0, [SCHEMA.empty_table()], bytearray()
     for page in _pages(listing):
-        images = [found for found in page if is_image(found.key)]
-        num_others += len(page) - len(images)
-        todo, attempts, num_done = _not_done(images, source, done, window_px if cut else 0)
+        todo, attempts, num_done = _not_done(page, sources, done, window_px if cut else 0)
         boxes = cut(todo, window_px) if cut else [[]] * len(todo)
-        pages.append(_table(todo, boxes, attempts, source, window_px, done))
+        pages.append(_table(todo, boxes, attempts, sources, window_px, done))
         num_listed += num_done + len(pages[-1])
-    table = _by_key(pa.concat_tables(pages))
-    return Plan(_in_shards(table, shard_images), num_listed, num_listed - len(table), num_others)
+        for one in todo:
+            names += identity(sources[one.source], one.key, "")
+    table = pa.concat_tables(pages)
+    _refuse_twins(np.frombuffer(names, "S16"), table)
+    return Plan(_with_shards(table, shard_images), num_listed, num_listed - len(table))
 
 
 def _not_done(
-    images: list[StoredObject], source: str, done: DoneBefore, window_px: int
-) -> tuple[list[StoredObject], NDArray[np.int16], int]:
+    images: list[Listed], sources: Sequence[str], done: DoneBefore, window_px: int
+) -> tuple[list[Listed], NDArray[np.int16], int]:
     """(images to do, the attempts of each so far, rows that need nothing now)."""
-    names = np.array([identity(source, found.key, found.etag, 0, 0, 1, 0) for found in images], "S16")
+    names = np.array([identity(sources[one.source], one.key, one.etag, 0, 0, 1, 0) for one in images], "S16")
     is_done, attempts = done.lookup(names)
     num_done = int(is_done.sum())
     if window_px and not is_done.all():
         rest = np.flatnonzero(~is_done)
-        wholes = [whole_identity(source, images[n].key, images[n].etag, window_px) for n in rest]
+        left = [images[number] for number in rest]
+        wholes = [whole_identity(sources[one.source], one.key, one.etag, window_px) for one in left]
         num_windows = done.num_windows(np.array(wholes, "S16"))
         is_done[rest[num_windows > 0]] = True
         num_done += int(num_windows.sum())
@@ -175,14 +198,25 @@ def _not_done(
     return todo, attempts[~is_done], num_done
 
 
-def plan_again(manifest: pa.Table, attempts: Mapping[tuple[str, int, int], int], *, shard_images: int) -> Plan:
-    """Choose the rows of an earlier manifest that `attempts` names by key and window, and cut them into shards."""
-    places = zip(*(manifest[name].to_pylist() for name in ("key", "window_y", "window_x")), strict=True)
-    tried = [attempts.get(place) for place in places]
+def _refuse_twins(names: Identities, table: pa.Table) -> None:
+    """ConfigError where two of the images, by their names, are one."""
+    order = np.argsort(names, kind="stable")
+    if len(twins := np.flatnonzero(names[order][1:] == names[order][:-1])):
+        images = table.filter(pc.equal(pc.add(table["window_y"], table["window_x"]), 0))
+        key = images["key"][int(order[twins[0]])].as_py()
+        raise ConfigError(f"{key!r} is listed twice, by one manifest or by several: name every image once")
+
+
+def plan_again(
+    manifest: pa.Table, attempts: Mapping[tuple[str, str, int, int], int], *, sources: Sequence[str], shard_images: int
+) -> Plan:
+    """Choose the rows of an earlier manifest that `attempts` names by source, key and window; cut them into shards."""
+    places = zip(*(manifest[name].to_pylist() for name in ("source", "key", "window_y", "window_x")), strict=True)
+    tried = [attempts.get((sources[source], *place)) for source, *place in places]
     table = manifest.filter(pa.array([number is not None for number in tried], pa.bool_()))
     again = pa.array([number for number in tried if number is not None], pa.int16())
     table = table.set_column(SCHEMA.get_field_index("attempts"), SCHEMA.field("attempts"), again)
-    return Plan(_in_shards(table, shard_images), len(table), 0, 0)
+    return Plan(_with_shards(table, shard_images), len(table), 0)
 
 
 def encode(table: pa.Table) -> bytes:
@@ -225,24 +259,17 @@ def _row_group(manifest_uri: str, group: int) -> pa.Table:
         return file.read_row_group(group)
 
 
-def _by_key(table: pa.Table) -> pa.Table:
-    """Sorted by key. Stores list in this order, and a sorted copy of millions of rows is worth avoiding."""
-    keys = table["key"]
-    is_sorted = pc.all(pc.less_equal(keys[:-1], keys[1:]), min_count=0).as_py() if len(keys) else True
-    return table if is_sorted else table.sort_by("key")
-
-
-def _pages(listing: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
+def _pages(listing: Iterable[Listed]) -> Iterator[list[Listed]]:
     objects = iter(listing)
     while page := list(islice(objects, PAGE)):
         yield page
 
 
 def _table(
-    images: list[StoredObject],
+    images: list[Listed],
     boxes: list[list[Box]],
     attempts: NDArray[np.int16],
-    source: str,
+    sources: Sequence[str],
     window_px: int,
     done: DoneBefore,
 ) -> pa.Table:
@@ -252,7 +279,7 @@ def _table(
     columns["num_windows"] += 1
     columns["attempts"] = attempts[of_rows]
     starts = np.searchsorted(of_rows, np.arange(len(images)))
-    for found, windows, start in zip(images, boxes, starts.tolist(), strict=True):
+    for one, windows, start in zip(images, boxes, starts.tolist(), strict=True):
         if windows:
             num, rows = len(windows), slice(start, start + len(windows))
             places = np.array([(box.y0, box.x0, box.height, box.width) for box in windows], np.int32)
@@ -260,15 +287,11 @@ def _table(
                 columns[name][rows] = values
             columns["num_windows"][rows], columns["window_px"][rows] = num, window_px
             columns["height"][rows], columns["width"][rows] = windows[-1].y1, windows[-1].x1
-            names = [identity(source, found.key, found.etag, box.y0, box.x0, num, window_px) for box in windows]
+            source = sources[one.source]
+            names = [identity(source, one.key, one.etag, box.y0, box.x0, num, window_px) for box in windows]
             columns["attempts"][rows] = done.attempts(np.array(names, "S16"))
-    listed = {name: [getattr(images[n], name) for n in of_rows.tolist()] for name in StoredObject._fields}
+    listed = {name: [getattr(images[n], name) for n in of_rows.tolist()] for name in Listed._fields}
     return pa.table(columns | listed, schema=SCHEMA)
-
-
-def _in_shards(table: pa.Table, shard_images: int) -> pa.Table:
-    shards = _cut(_cost_bytes(table), shard_images)
-    return table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
 
 
 def _cost_bytes(table: pa.Table) -> NDArray[np.int64]:
@@ -277,12 +300,36 @@ def _cost_bytes(table: pa.Table) -> NDArray[np.int64]:
     return np.where(num_windows > 1, 3 * height * width, size)
 
 
-def _cut(sizes: NDArray[np.int64], shard_images: int) -> NDArray[np.int32]:
-    """Shard number of each row, in order: at most `shard_images` images and, beyond the first, SHARD_BYTES bytes."""
+def _with_shards(table: pa.Table, shard_images: int) -> pa.Table:
+    """The table with the number of each row's shard."""
+    sizes = _cost_bytes(table)
+    shards = _cut(sizes, *_limits(table, sizes, shard_images))
+    return table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
+
+
+def _limits(
+    table: pa.Table, sizes: NDArray[np.int64], shard_images: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The most images and bytes of a shard, of each row: more where an archive would be read over and over for it."""
+    most_images, most_bytes = np.full(len(sizes), shard_images), np.full(len(sizes), SHARD_BYTES)
+    etags = table["archive_etag"]
+    starts = [0, *(np.flatnonzero(pc.not_equal(etags[1:], etags[:-1]).to_numpy()) + 1).tolist()] if len(table) else []
+    for start, stop in itertools.pairwise([*starts, len(table)]):
+        split = members.split(table["key"][start].as_py()) if etags[start].as_py() else None
+        if split is not None and members.kind_of(split[0]) in members.STREAMED:
+            passes = SHARDS_OF_A_STREAM - 1  # the cut by bytes is never even
+            most_images[start:stop] = max(shard_images, -(-(stop - start) // passes))
+            most_bytes[start:stop] = max(SHARD_BYTES, -(-int(sizes[start:stop].sum()) // passes))
+    return most_images, most_bytes
+
+
+def _cut(sizes: NDArray[np.int64], most_images: NDArray[np.int64], most_bytes: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Shard number of each row, in order: at most so many images and, beyond the first, bytes."""
     numbers = np.empty(len(sizes), np.int32)
     number, num_images, num_bytes = 0, 0, 0
-    for row, size in enumerate(sizes.tolist()):
-        if num_images == shard_images or (num_images and num_bytes + size > SHARD_BYTES):
+    limits = zip(sizes.tolist(), most_images.tolist(), most_bytes.tolist(), strict=True)
+    for row, (size, images, total) in enumerate(limits):
+        if num_images >= images or (num_images and num_bytes + size > total):
             number, num_images, num_bytes = number + 1, 0, 0
         numbers[row] = number
         num_images, num_bytes = num_images + 1, num_bytes + size

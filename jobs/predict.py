@@ -22,7 +22,8 @@ from jobs.progress import Breaker, Drain, Progress, interruptible
 from jobs.runs import HINTS, Archive, Opening, RunRecord, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
-from unetpp.errors import ConfigError, UnetppError
+from jobs.sources import resolve
+from unetpp.errors import UnetppError
 from unetpp.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -72,15 +73,11 @@ class _Call:
     def work(self) -> PredictResult:
         """Resume what is unfinished, then open one run of what is new."""
         config = self._config
-        source_uri, output_uri = storage.canonical(config.input), storage.canonical(config.output)
-        if f"{storage.plain(output_uri)}/".startswith(f"{storage.plain(source_uri)}/"):
-            raise ConfigError(
-                f"the output {output_uri} lies inside the input {source_uri}: masks would be listed as images; "
-                "choose an output beside it"
-            )
+        output_uri = storage.canonical(config.output)
+        sources = resolve(config.input, output_uri)
         predictor = load_predictor(models.canonical(config.model), config, config.threads)
         archive = Archive(
-            source_uri, output_uri, predictor.digest, config, self._parent, self._only, predictor.config.bands
+            sources, output_uri, predictor.digest, config, self._parent, self._only, predictor.config.bands
         )
         self._archive = archive
         while True:
@@ -143,7 +140,7 @@ class _Call:
         on_ray = self._config.backend == "ray"
         task = Task(
             run=record.run,
-            source_uri=archive.source_uri,
+            sources=tuple(archive.roots),
             output_uri=archive.output_uri,
             model_uri=models.canonical(self._config.model),
             model_digest=archive.model_digest,

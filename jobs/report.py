@@ -12,17 +12,21 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+from PIL import Image as Pillow
 
-from jobs import models, overlays, storage, table, windows
+from jobs import archives, manifest, models, overlays, storage, table
+from jobs.archives import Content
 from jobs.contract import PredictResult
-from jobs.guarded import DecodePool, Limits
+from jobs.guarded import DecodePool
+from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
+from jobs.sources import columns_of, limits_of
 from jobs.table import Part
 from unetpp.checkpoint import LevelScore, read_pretrained
 from unetpp.config import Bands
 from unetpp.errors import ImageError, UnetppError
-from unetpp.images import decode_image, decode_mask
+from unetpp.images import decode_mask
 from unetpp.predictor import Image
 from unetpp.tiles import Box
 
@@ -124,8 +128,8 @@ def render(
         images_per_second=len(rows) / max(last - first, 1e-9),
         megapixels_per_second=result.megapixels / max(last - first, 1e-9),
         failures=_failures(rows),
-        samples=_overlays(archive, parts, footers, sorted(random.tolist())),
-        unsure=_overlays(archive, parts, footers, unsure.tolist()),
+        samples=_overlays(archive, record, parts, footers, sorted(random.tolist())),
+        unsure=_overlays(archive, record, parts, footers, unsure.tolist()),
         throughput=_throughput(footers, first, last),
         levels=_levels(archive, archive.config.output_name or f"L{level}"),
         plot_width=PLOT_WIDTH,
@@ -148,25 +152,23 @@ def _failures(rows: pa.Table) -> list[Failures]:
     ]
 
 
-def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]) -> list[Overlay]:
+def _overlays(
+    archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]
+) -> list[Overlay]:
     """Overlays of the rows numbered `chosen` over all parts; images that cannot be read any more are left out."""
-    bands = _bands(archive)
+    pictures = _pictures(archive, record, sorted(chosen))
     ends = list(accumulate(footer.num_predicted + footer.num_failed for footer in footers))
     shown = []
-    for number in chosen:
+    for number in filter(pictures.__contains__, chosen):
         part = int(np.searchsorted(ends, number, side="right"))
         offset = number - (ends[part - 1] if part else 0)
         columns = ["key", "etag", "mask_png", "class_pixels", "uncertainty", "height", "width", *WINDOW]
         row = table.read_rows([parts[part]], columns).slice(offset, 1).to_pylist()[0]
-        try:
-            picture = overlays.thumbnail(_pixels(archive, row, bands))
-        except ImageError as error:
-            logger.info("the report leaves %s out: %s", row["key"], error.detail)
-            continue
+        picture = pictures[number]
         num_counted = len(row["class_pixels"])
         mask_HW = decode_mask(row["mask_png"], 1 if num_counted == 2 else num_counted)
         if row["num_windows"] > 1:
-            mask_HW = np.ascontiguousarray(mask_HW[_middle(row).slices])
+            mask_HW = np.ascontiguousarray(mask_HW[_middle(*mask_HW.shape).slices])
         shown.append(
             Overlay(
                 key=row["key"],
@@ -180,6 +182,42 @@ def _overlays(archive: Archive, parts: Sequence[Part], footers: Sequence[Footer]
     return shown
 
 
+def _pictures(archive: Archive, record: RunRecord, chosen: list[int]) -> dict[int, Pillow.Image]:
+    """The images of some rows, by number, or the middles of their windows, less those that are not to be had any more.
+
+    In a sealed run all parts together have the manifest's rows, in its order.
+    """
+    uri, config = archive.run_uri(record.run, record.manifest), archive.config
+    rows = [manifest.read_rows(uri, Shard(0, number, number + 1))[0] for number in chosen]
+    pictures = {}
+    with storage.io_threads() as threads, DecodePool.of(config, _bands(archive)) as decoders:
+        found = archives.contents(archive.roots, rows, threads, limits_of(config), columns_of(config))
+        for number, (row, content) in zip(chosen, found, strict=True):
+            try:
+                pictures[number] = overlays.thumbnail(_pixels(row, content, decoders))
+            except ImageError as error:
+                logger.info("the report leaves %s out: %s", row.key, error.detail)
+    return pictures
+
+
+def _pixels(row: ManifestRow, content: Content, decoders: DecodePool) -> Image:
+    if isinstance(content, ImageError):
+        raise content
+    if isinstance(content, bytes):
+        return decoders.decode(content).image_HWC
+    part = _middle(row.window_h, row.window_w)
+    y, x = row.window_y + part.y0, row.window_x + part.x0
+    box = Box(y, x, y + part.height, x + part.width)
+    return decoders.decode_region(content, (row.height, row.width), box).image_HWC
+
+
+def _middle(height: int, width: int) -> Box:
+    """What is shown of a window: as much as a picture shows well, for few bytes."""
+    shown_h, shown_w = min(height, SHOWN_PX), min(width, SHOWN_PX)
+    y, x = (height - shown_h) // 2, (width - shown_w) // 2
+    return Box(y, x, y + shown_h, x + shown_w)
+
+
 def _bands(archive: Archive) -> Bands | None:
     """The channels that were read of every file; those of the model where its folder is still there."""
     if archive.config.bands is not None:
@@ -188,27 +226,6 @@ def _bands(archive: Archive) -> Bands | None:
         return read_pretrained(models.fetch_model(archive.config.model)).model.bands
     except UnetppError:
         return None
-
-
-def _pixels(archive: Archive, row: dict[str, Any], bands: Bands | None) -> Image:
-    """The image of a row, or the middle of its window. ImageError where it is not to be had any more."""
-    uri, max_pixels = storage.join(archive.source_uri, row["key"]), archive.config.max_pixels
-    if row["num_windows"] == 1:
-        return decode_image(storage.read_bytes(uri, row["etag"]), max_pixels=max_pixels, bands=bands)
-    if (found := storage.find(uri)) is None:
-        raise ImageError("gone", f"{uri} was deleted after it was listed")
-    y, x, part = row["window_y"], row["window_x"], _middle(row)
-    box = Box(y + part.y0, x + part.x0, y + part.y1, x + part.x1)
-    with DecodePool.of(archive.config, bands) as decoders, storage.io_threads() as threads:
-        source = windows.ranged(uri, row["etag"], found.size_bytes, threads)
-        return decoders.decode_region(source, (row["height"], row["width"]), box).image_HWC
-
-
-def _middle(row: dict[str, Any]) -> Box:
-    """What is shown of a window: as much as a picture shows well, for few bytes."""
-    height, width = min(row["window_h"], SHOWN_PX), min(row["window_w"], SHOWN_PX)
-    y, x = (row["window_h"] - height) // 2, (row["window_w"] - width) // 2
-    return Box(y, x, y + height, x + width)
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -21,12 +21,14 @@ from pydantic import BaseModel, ConfigDict
 from jobs import manifest, models, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
 from jobs.manifest import Shard
+from jobs.sources import Listing, Source
 from unetpp.config import Bands
 from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 
-SUCCESS, ABANDONED, COMPACTED, HINTS = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json", "hints"
+SUCCESS, ABANDONED, COMPACTED = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json"
+HINTS, INDEXES = "hints", "indexes"
 
 State = Literal["open", "sealed", "abandoned", "compacted"]
 """Of a run. compacted: another run holds the newest of its rows, and its parts may be removed (`jobs.compact`)."""
@@ -39,7 +41,7 @@ class RunRecord(BaseModel):
 
     run: str
     fingerprint: str
-    source_uri: str
+    sources: tuple[str, ...]
     model_digest: str
     write: tuple[str, ...]
     manifest: str
@@ -59,7 +61,7 @@ class RunRecord(BaseModel):
 class Archive:
     """What a call wants done: an archive, a model, a place, and how."""
 
-    source_uri: str
+    sources: tuple[Source, ...]
     output_uri: str
     model_digest: str
     config: PredictConfig
@@ -75,8 +77,10 @@ class Archive:
         """Equal where an unfinished run may be finished by this call."""
         return fingerprint(
             {
-                "source": storage.plain(self.source_uri),
+                "inputs": self.inputs,
                 "include": sorted(set(self.config.include)),
+                "exclude": sorted(set(self.config.exclude)),
+                "columns": [self.config.image_column, self.config.name_column],
                 "digest": self.model_digest,
                 "write": sorted(set(self.config.write)),
                 "shard_images": self.config.shard_images,
@@ -85,11 +89,27 @@ class Archive:
             }
         )
 
+    @property
+    def roots(self) -> list[str]:
+        """Where the keys of each source begin."""
+        return [source.root for source in self.sources]
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read, under the names of all who read it."""
+        return [storage.plain(source.uri) for source in self.sources]
+
+    @property
+    def source_uris(self) -> list[str]:
+        """The roots as rows name them."""
+        return [storage.plain(source.root) for source in self.sources]
+
     @classmethod
     def of(cls, run_uri: str, record: RunRecord) -> Self:
         """The archive as the call that opened a run wanted it, seen where the run's folder is now."""
         config = PredictConfig.model_validate(record.config)
-        return cls(record.source_uri, output_of(run_uri), record.model_digest, config, record.parent)
+        sources = tuple(Source(root) for root in record.sources)
+        return cls(sources, output_of(run_uri), record.model_digest, config, record.parent)
 
     def run_uri(self, run: str, *names: str) -> str:
         """URI of a run's folder, or of a file in it."""
@@ -137,7 +157,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             record
             for record in records
             if record.model_digest == archive.model_digest
-            and storage.plain(record.source_uri) == storage.plain(archive.source_uri)
+            and [storage.plain(uri) for uri in record.config["input"]] == archive.inputs
             and found[record.run] not in ("sealed", "compacted")
         ]
         for record in unfinished:
@@ -166,7 +186,7 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
         return table.done_before(
             archive.output_uri,
             digest,
-            source=storage.plain(archive.source_uri),
+            sources=set(archive.source_uris),
             write=archive.config.write,
             written_by_run={record.run: record.write for record in records},
             waiting=waiting,
@@ -183,21 +203,21 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
     from jobs.windows import Headers  # it loads torch, which looking after runs does without
 
     config = archive.config
-    with Headers(archive.source_uri, config, archive.bands) as headers:
+    listing = Listing(archive.sources, config, storage.join(archive.output_uri, INDEXES))
+    with Headers(archive.roots, config, archive.bands) as headers:
         plan = manifest.plan(
-            storage.list_objects(archive.source_uri),
-            source=storage.plain(archive.source_uri),
-            include=config.include,
+            listing,
+            sources=archive.source_uris,
             done=done,
             shard_images=config.shard_images,
             cut=headers.windows_of if config.window_px else None,
             window_px=config.window_px,
         )
     if not plan.num_listed:
-        others = f"; {plan.num_others} other object(s) are there" if plan.num_others else ""
+        others = f"; {listing.num_others} other object(s) are there" if listing.num_others else ""
         raise ConfigError(
-            f"no image below {archive.source_uri} matches {', '.join(archive.config.include)}{others}: check "
-            "--input and --include"
+            f"no image below {', '.join(archive.inputs)} matches {', '.join(archive.config.include)}{others}: check "
+            "--input, --include and --exclude"
         )
     return plan
 
@@ -209,7 +229,12 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
         archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting
     )
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
-    return manifest.plan_again(listed, failed, shard_images=archive.config.shard_images)
+    return manifest.plan_again(
+        listed,
+        failed,
+        sources=[storage.plain(source) for source in parent.sources],
+        shard_images=archive.config.shard_images,
+    )
 
 
 def output_of(run_uri: str) -> str:
@@ -233,7 +258,7 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
     record = RunRecord(
         run=run,
         fingerprint=archive.fingerprint,
-        source_uri=archive.source_uri,
+        sources=tuple(archive.roots),
         model_digest=archive.model_digest,
         write=archive.config.write,
         manifest=f"manifest-{uuid.uuid4().hex}.parquet",
@@ -247,7 +272,7 @@ def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
         config=archive.config.model_dump(mode="json")
         | {
             "model": models.canonical(archive.config.model),
-            "input": archive.source_uri,
+            "input": [source.uri for source in archive.sources],
             "output": archive.output_uri,
             "result": None,
         },

@@ -13,7 +13,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -40,6 +42,8 @@ from unetpp.errors import ConfigError, ImageError, StorageError
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+Page = list[tuple[str, str, int]]
+"""Key, etag and size in bytes of some objects."""
 
 CONNECT_TIMEOUT_S, STALL_TIMEOUT_S = 5, 60
 MIN_BYTES_PER_S = 10_000
@@ -48,6 +52,7 @@ MAX_ATTEMPTS, RETRY_SECONDS, MAX_WAIT_S = 9, 120.0, 20.0
 SILENT_TRIES = DAMAGED_TRIES = 4
 MIN_GAP_S, MAX_GAP_S = 0.01, 1.0
 NUM_CONNECTIONS = 32
+PAGE_KEYS, MAX_PAGES_IN_LINE, LISTINGS_AT_ONCE = 1000, 4, 16
 
 
 class _Client(S3FileSystem):
@@ -76,24 +81,80 @@ class S3:
         self._has_answered = False
 
     def list_objects(self, uri: str) -> Iterator[tuple[str, str, int]]:
-        """(key below the prefix `uri`, etag, size in bytes), in the order of the keys' bytes, a page at a time."""
+        """(key below the prefix `uri`, etag, size in bytes), few pages in memory at a time.
+
+        In the order of the keys' bytes; after MAX_PAGES_IN_LINE pages the folders below are listed side by side, and
+        their pages taken in turn: an order that is the same whenever the same objects are there.
+        """
         bucket, prefix = split(uri)
         prefix = prefix.rstrip("/") + "/" if prefix else ""
+        first: set[str] = set()
+        for number, page in enumerate(pages := self._pages(uri, bucket, prefix), start=1):
+            yield from page
+            if number <= MAX_PAGES_IN_LINE:
+                first.update(found[0] for found in page)
+            if number == MAX_PAGES_IN_LINE and (folders := self._folders(uri, bucket, prefix)):
+                pages.close()
+                for found in self._side_by_side(uri, bucket, prefix, *folders):
+                    if found[0] not in first:
+                        yield found
+                return
+
+    def _pages(self, uri: str, bucket: str, prefix: str, below: str = "") -> Generator[Page]:
+        """Pages of the objects below `prefix` + `below`, their keys taken from `prefix` on."""
         more: dict[str, str] = {}
+        where = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE_KEYS}
         while True:
-            page = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            for found in page.get("Contents", ()):
-                key = found["Key"].removeprefix(prefix)
-                if key and not key.endswith("/"):  # consoles make empty objects to show folders
-                    yield key, found["ETag"].strip('"'), found["Size"]
+            page = self._call(uri, "list_objects_v2", **where, **more)
+            yield _objects(page, prefix)
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def read(self, uri: str, etag: str | None, span: tuple[int, int] | None = None) -> bytes:
-        """The object's bytes, or those from `span[0]` to `span[1]`; with `etag`, of that version or ImageError
-        `changed`, `gone` or `integrity`.
+    def _folders(self, uri: str, bucket: str, prefix: str) -> tuple[list[str], Page] | None:
+        """The folders of the first level below `prefix` that has several, and the objects beside them.
+
+        None where there is no such level, where other objects lie above it, or where it fills more than a page: a
+        request for each of a million folders with an object each would cost more than it saves.
         """
+        below = ""
+        while True:
+            where = {"Bucket": bucket, "Prefix": prefix + below, "MaxKeys": PAGE_KEYS}
+            page = self._call(uri, "list_objects_v2", **where, Delimiter="/")
+            folders = [found["Prefix"].removeprefix(prefix) for found in page.get("CommonPrefixes", ())]
+            beside = _objects(page, prefix)
+            if page.get("IsTruncated") or not folders or (beside and len(folders) == 1):
+                return None
+            if len(folders) > 1:
+                return folders, beside
+            (below,) = folders
+
+    def _side_by_side(
+        self, uri: str, bucket: str, prefix: str, folders: list[str], beside: Page
+    ) -> Iterator[tuple[str, str, int]]:
+        """What lies beside the folders, then what is in them: a page of each in turn."""
+        yield from beside
+        waiting = deque(folders)
+        begun: deque[tuple[Generator[Page], Future[Page | None]]] = deque()
+        with ThreadPoolExecutor(LISTINGS_AT_ONCE, thread_name_prefix="listing") as threads:
+            while waiting or begun:
+                while waiting and len(begun) < LISTINGS_AT_ONCE:
+                    pages = self._pages(uri, bucket, prefix, waiting.popleft())
+                    begun.append((pages, threads.submit(next, pages, None)))
+                pages, coming = begun.popleft()
+                if (page := coming.result()) is not None:
+                    begun.append((pages, threads.submit(next, pages, None)))
+                    yield from page
+
+    def read(self, uri: str, etag: str | None) -> bytes:
+        """The object's bytes; with `etag`, of that version or ImageError `changed`, `gone` or `integrity`."""
+        return self._read(uri, etag)
+
+    def read_range(self, uri: str, start: int, stop: int, etag: str | None) -> bytes:
+        """Bytes `start` to `stop` of the object, both within it; otherwise as `read`."""
+        return self._read(uri, etag, (start, stop)) if start < stop else b""
+
+    def _read(self, uri: str, etag: str | None, span: tuple[int, int] | None = None) -> bytes:
         bucket, key = split(uri)
         asked = {} if etag is None else {"IfMatch": f'"{etag}"'}
         if span is not None:
@@ -158,7 +219,7 @@ class S3:
 
     def find(self, uri: str) -> tuple[str, int] | None:
         """(etag, size in bytes) of an object; None where there is none."""
-        head = self._head(uri)
+        head = self._head(uri) if split(uri)[1] else None
         return None if head is None else (head["ETag"].strip('"'), head["ContentLength"])
 
     def exists(self, uri: str) -> bool:
@@ -317,6 +378,14 @@ def without_profile(uri: str) -> str:
     return f"s3://{bucket}/{key}" if key else f"s3://{bucket}"
 
 
+def _objects(page: Mapping[str, Any], prefix: str) -> Page:
+    return [
+        (key, found["ETag"].strip('"'), found["Size"])
+        for found in page.get("Contents", ())
+        if (key := found["Key"].removeprefix(prefix)) and not key.endswith("/")  # consoles' marks of empty folders
+    ]
+
+
 def connect(uri: str) -> S3:
     """The client for a location: of this process, its AWS_* variables and the location's profile; for many threads."""
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
@@ -342,7 +411,7 @@ def _endpoint_of(profile: str) -> str | None:
     return settings.get("endpoint_url") or f"https://s3.{region}.amazonaws.com"
 
 
-def _damage(response: Mapping[str, Any], content: bytes, span: tuple[int, int] | None = None) -> str | None:
+def _damage(response: Mapping[str, Any], content: bytes, span: tuple[int, int] | None) -> str | None:
     """What is wrong with a body, None for nothing. An ETag is the MD5 of what was put in one piece, not encrypted."""
     if len(content) != response["ContentLength"]:
         return f"{len(content)} bytes came of {response['ContentLength']}"

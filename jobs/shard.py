@@ -21,11 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from jobs import hints, manifest, sink, storage, windows
+from jobs.archives import contents
 from jobs.contract import WALL_FACTOR, ExitCode, PredictConfig
-from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor, Ranged
+from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
 from jobs.manifest import ManifestRow, Shard
 from jobs.models import fetch_model
 from jobs.sink import Footer
+from jobs.sources import columns_of, limits_of
 from jobs.watchdog import Watch, watching
 from unetpp.config import ModelConfig
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
@@ -48,7 +50,7 @@ class Task:
     """What the shards of a run have in common: plain data, so that it travels to any worker."""
 
     run: str
-    source_uri: str
+    sources: tuple[str, ...]
     output_uri: str
     model_uri: str
     model_digest: str
@@ -95,18 +97,8 @@ def read_shard(
 
     Of an image that is cut into windows, what `model` wants for each is read by itself.
     """
-    rows = manifest.read_rows(task.manifest_uri, shard)
-
-    def fetch(row: ManifestRow) -> bytes | Ranged | ImageError:
-        uri = storage.join(task.source_uri, row.key)
-        if row.num_windows > 1:
-            return windows.ranged(uri, row.etag, row.size_bytes, threads)
-        try:
-            return storage.read_bytes(uri, row.etag)
-        except ImageError as error:
-            return error
-
-    for row, content in zip(rows, threads.map(fetch, rows), strict=True):
+    rows, config = manifest.read_rows(task.manifest_uri, shard), task.config
+    for row, content in contents(task.sources, rows, threads, limits_of(config), columns_of(config)):
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue
@@ -169,10 +161,10 @@ def write_shard(
     started = time.perf_counter()
     with_png = "png" in task.config.write
 
-    def put_pngs(row: dict[str, Any]) -> dict[str, Any]:
-        return _put_pngs(task, row, predictor.num_classes) if with_png and row["error_code"] is None else row
+    def put_pngs(row: dict[str, Any], source: int) -> dict[str, Any]:
+        return _put_pngs(task, row, source, predictor.num_classes) if with_png and row["error_code"] is None else row
 
-    written = [threads.submit(put_pngs, _row(task, predictor, outcome)) for outcome in outcomes]
+    written = [threads.submit(put_pngs, _row(task, predictor, outcome), outcome.row.source) for outcome in outcomes]
     rows = [future.result() for future in written]
     return sink.commit(
         task.part_uri(shard.number),
@@ -192,7 +184,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     columns: dict[str, Any] = dict.fromkeys(sink.SCHEMA.names)
     columns |= {
         "key": row.key,
-        "source_uri": storage.plain(task.source_uri),
+        "source_uri": storage.plain(task.sources[row.source]),
         "etag": row.etag,
         "window_y": row.window_y,
         "window_x": row.window_x,
@@ -202,6 +194,7 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
         "model_digest": predictor.digest,
         "attempts": row.attempts + 1,
         "geo": geo,
+        "extra": row.extra,
         "schema_version": sink.SCHEMA_VERSION,
     }
     if row.num_windows > 1:
@@ -225,13 +218,14 @@ def _row(task: Task, predictor: Predictor, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _put_pngs(task: Task, row: dict[str, Any], num_classes: int) -> dict[str, Any]:
+def _put_pngs(task: Task, row: dict[str, Any], source: int, num_classes: int) -> dict[str, Any]:
     """Put mask and probability as objects of their own.
 
     Where one is, its bytes go into the row: row and PNG always agree.
     """
     window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
-    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"], window)
+    folder = source if len(task.sources) > 1 else None
+    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"], window, folder)
     row = row | {"mask_uri": storage.plain(uri)}
     if (png := row["probability_png"]) is not None:
         row["probability_png"] = _put_png(sink.probability_uri(uri), png, task)

@@ -2,7 +2,7 @@
 
 ```
 <output>/table/model=m<digest10>/run=<run id>/part-00000.parquet     the part: putting it is the commit
-<output>/png/model=m<digest10>/run=<run id>/<escaped key>[.y<row>_x<column>][.probability].png
+<output>/png/model=m<digest10>/run=<run id>/[source-<number>/]<escaped key>[.y<row>_x<column>][.probability].png
 <output>/runs/<run id>/...
 ```
 """
@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
         pa.field("degraded", pa.string()),
         pa.field("error_code", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("extra", pa.string()),  # JSON: what the user's manifest says of the image
         pa.field("schema_version", pa.int16(), nullable=False),
     ]
 )
@@ -102,9 +103,15 @@ def part_name(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
-def png_uri(output: str, digest: str, run: str, key: str, window: tuple[int, int] | None = None) -> str:
-    """Where the mask of an image, or of its window at (y, x), goes as a PNG."""
-    return storage.join(output, "png", model_folder(digest), f"run={run}", png_key(key, window))
+def png_uri(
+    output: str, digest: str, run: str, key: str, window: tuple[int, int] | None = None, source: int | None = None
+) -> str:
+    """Where the mask of an image, or of its window at (y, x), goes as a PNG.
+
+    In a run of several sources, which may share keys, each has a folder of its own: `source` is its number.
+    """
+    folder = [] if source is None else [f"source-{source}"]
+    return storage.join(output, "png", model_folder(digest), f"run={run}", *folder, png_key(key, window))
 
 
 def probability_uri(mask_uri: str) -> str:

@@ -27,7 +27,7 @@ def run(config: StatusConfig) -> StatusResult:
     return StatusResult(
         run=record.run,
         state=state,
-        source_uri=record.source_uri,
+        sources=record.sources,
         model_digest=record.model_digest,
         opened_at=record.opened_at,
         parent=record.parent,

@@ -1,4 +1,5 @@
 """The only door to URIs: list, read, write, put if absent. Paths and `file://` are local; `s3://` is object storage.
+Whatever else fsspec has a driver for is read only.
 
 `s3://profile@bucket/prefix` takes endpoint, region and credentials from that profile of the AWS config files, so that
 source and sink may be different stores; `s3://bucket/prefix` takes them from the AWS_* variables.
@@ -12,6 +13,7 @@ Errors are made here, once, for every caller:
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,16 +22,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
 
-from jobs import disk, s3
+from jobs import disk, foreign, s3
 from unetpp.errors import ConfigError, StorageError
 
 SCRATCH = ".tmp"
 NUM_THREADS = 16
+CHUNK_BYTES = 8 << 20
+"""Of a stream, read at once."""
 
 
 class StoredObject(NamedTuple):
@@ -43,7 +47,7 @@ class StoredObject(NamedTuple):
 def canonical(uri: str | Path) -> str:
     """One spelling for one place: absolute path or `s3://[profile@]bucket/prefix`, no trailing slash.
 
-    ConfigError for other schemes.
+    ConfigError for schemes that nothing here reads.
     """
     text = os.fspath(uri)
     scheme = urlsplit(text).scheme if "://" in text else ""
@@ -56,7 +60,8 @@ def canonical(uri: str | Path) -> str:
             raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local path is file:///folder or /folder")
         text = unquote(parts.path)
     elif scheme:
-        raise ConfigError(f"{text!r}: cannot open {scheme}://; wanted a local path, file:// or s3://")
+        foreign.check(text)
+        return text.rstrip("/")
     if not text:
         raise ConfigError("a location is empty; wanted a local path, file:// or s3://")
     return os.path.abspath(text)
@@ -77,23 +82,38 @@ def is_remote(uri: str | Path) -> bool:
     return os.fspath(uri).startswith("s3://")
 
 
+class _Reader(Protocol):
+    """What reads a place: an S3 client, or one of the modules for what is no object storage."""
+
+    def list_objects(self, uri: str, /) -> Iterator[tuple[str, str, int]]: ...
+    def find(self, uri: str, /) -> tuple[str, int] | None: ...
+    def exists(self, uri: str, /) -> bool: ...
+    def read(self, uri: str, etag: str | None, /) -> bytes: ...
+    def read_range(self, uri: str, start: int, stop: int, etag: str | None, /) -> bytes: ...
+
+
+def _reader(place: str) -> _Reader:
+    if is_remote(place):
+        return s3.connect(place)
+    return foreign if "://" in place else disk
+
+
 def list_objects(uri: str | Path, *, missing_ok: bool = False) -> Iterator[StoredObject]:
     """Every object below `uri`, one page in memory at a time, never cached.
 
     ConfigError where a local folder does not exist, unless `missing_ok`; an S3 prefix without objects is just empty.
     """
     place = canonical(uri)
-    if is_remote(place):
-        return map(StoredObject._make, s3.connect(place).list_objects(place))
-    if missing_ok and not disk.exists(place):
+    reader = _reader(place)
+    if missing_ok and not is_remote(place) and not reader.exists(place):
         return iter(())
-    return map(StoredObject._make, disk.list_objects(place))
+    return map(StoredObject._make, reader.list_objects(place))
 
 
 def find(uri: str | Path) -> StoredObject | None:
     """The one object of that name, its key its last path component; None where there is none, or a folder."""
     place = _object(uri)
-    found = s3.connect(place).find(place) if is_remote(place) else disk.find(place)
+    found = _reader(place).find(place)
     return None if found is None else StoredObject(place.rpartition("/")[2], *found)
 
 
@@ -104,19 +124,51 @@ def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
     there, else FileNotFoundError.
     """
     place = _object(uri)
-    return s3.connect(place).read(place, etag) if is_remote(place) else disk.read(place, etag)
+    return _reader(place).read(place, etag)
 
 
 def read_range(uri: str | Path, start: int, stop: int, etag: str | None = None) -> bytes:
-    """Bytes `start` to `stop` of the object, of that version where an `etag` is given; errors as `read_bytes`.
+    """Bytes `start` to `stop` of the object, both within it; otherwise as `read_bytes`.
 
-    The range must lie within the object. A part of a body has no checksum to compare: only its length is.
+    A part of a body has no checksum to compare: only where it lies, and its length, are.
     """
-    assert 0 <= start < stop, (start, stop)
     place = _object(uri)
-    if is_remote(place):
-        return s3.connect(place).read(place, etag, (start, stop))
-    return disk.read(place, etag, (start, stop))
+    return _reader(place).read_range(place, start, stop, etag)
+
+
+class _Stored(io.RawIOBase):
+    """An object as a file: every read is a range of it, retried by itself."""
+
+    def __init__(self, uri: str, etag: str, size_bytes: int) -> None:
+        self._uri, self._etag, self._size_bytes, self._at = uri, etag, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size_bytes}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._size_bytes, self._at + len(buffer))
+        content = read_range(self._uri, self._at, stop, self._etag) if self._at < stop else b""
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def open_stream(uri: str | Path, etag: str, size_bytes: int) -> io.BufferedReader:
+    """The object, of that version, as a file to be read from its start, or anywhere, CHUNK_BYTES at a time.
+
+    What fails is asked for again from where it failed. Reads raise what `read_bytes` raises.
+    """
+    return io.BufferedReader(_Stored(_object(uri), etag, size_bytes), CHUNK_BYTES)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -129,7 +181,7 @@ def read_json(uri: str | Path) -> Any:
 
 def write_bytes(uri: str | Path, content: bytes) -> None:
     """Write, over what is there. For what may be rewritten: reports, results, hints, models."""
-    place = _object(uri)
+    place = _writable(uri)
     if is_remote(place):
         s3.connect(place).write(place, content)
     else:
@@ -138,7 +190,7 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
 
 def upload_file(path: str | Path, uri: str | Path) -> None:
     """Copy a local file to a URI, over what is there: readers see the old or the new."""
-    place = _object(uri)
+    place = _writable(uri)
     if is_remote(place):
         s3.connect(place).write(place, Path(path).read_bytes())
     else:
@@ -151,7 +203,7 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
     `root` is the folder whose `.tmp` a local write goes through (default: the object's own folder); it must be on the
     same file system. False: somebody wrote the name, perhaps we ourselves before a lost answer; read it and compare.
     """
-    place = _object(uri)
+    place = _writable(uri)
     if is_remote(place):
         return s3.connect(place).put_if_absent(place, content)
     folder = os.path.dirname(place) if root is None else canonical(root)
@@ -160,7 +212,7 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
 
 def delete(uri: str | Path) -> None:
     """Remove an object; one that is not there is fine."""
-    place = _object(uri)
+    place = _writable(uri)
     if is_remote(place):
         s3.connect(place).delete(place)
     else:
@@ -185,7 +237,7 @@ def age_s(uri: str | Path, *, root: str | Path) -> float | None:
 
     `root` is a place of the same store whose scratch folder a local probe may use.
     """
-    place = _object(uri)
+    place = _writable(uri)
     if is_remote(place):
         return s3.connect(place).age_s(place)
     return disk.age_s(place, join(canonical(root), SCRATCH))
@@ -193,14 +245,14 @@ def age_s(uri: str | Path, *, root: str | Path) -> float | None:
 
 def sweep_scratch(root: str | Path) -> None:
     """Remove day-old leftovers of killed writers below a local `root`."""
-    if not is_remote(place := canonical(root)):
+    if "://" not in (place := canonical(root)):
         disk.sweep(join(place, SCRATCH), older_than_s=86_400)
 
 
 def exists(uri: str | Path) -> bool:
     """Whether there is an object (locally: or a folder) of that name."""
     place = _object(uri)
-    return s3.connect(place).exists(place) if is_remote(place) else disk.exists(place)
+    return _reader(place).exists(place)
 
 
 def download_folder(uri: str | Path) -> Path:
@@ -209,7 +261,7 @@ def download_folder(uri: str | Path) -> Path:
     FileNotFoundError where there is nothing.
     """
     place = canonical(uri)
-    if not is_remote(place):
+    if "://" not in place:
         if not os.path.isdir(place):
             raise FileNotFoundError(f"there is no folder {place}")
         return Path(place)
@@ -253,7 +305,7 @@ def arrow(uri: str | Path) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
         if is_remote(place):
             yield s3.connect(place).arrow_filesystem(place), plain(place).removeprefix("s3://")
         else:
-            yield pyarrow.fs.LocalFileSystem(), place
+            yield pyarrow.fs.LocalFileSystem(), _writable(place)
     except FileNotFoundError as error:
         raise StorageError(f"{place}: a file went missing while it was read: {error}") from error
     except (OSError, pyarrow.ArrowInvalid) as error:
@@ -263,7 +315,14 @@ def arrow(uri: str | Path) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
 def _object(uri: str | Path) -> str:
     text = os.fspath(uri)
     # Keys are taken as written: canonical() would fold `a//b` and `..` within a key into another key.
-    return text if text.startswith("s3://") or "://" not in text else canonical(text)
+    return canonical(text) if text.startswith("file://") else text
+
+
+def _writable(uri: str | Path) -> str:
+    place = _object(uri)
+    if "://" in place and not is_remote(place):
+        raise ConfigError(f"{place} can be read, not written; wanted a local path or s3:// for what is written")
+    return place
 
 
 def _rename_if_absent(source: Path, target: Path) -> None:

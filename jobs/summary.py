@@ -181,7 +181,7 @@ def _show_status(result: StatusResult, console: Console) -> None:
     state: str = result.state if result.state != "open" else "working, or waiting for the same command to go on"
     state += f" into {result.compacted_into}" if result.compacted_into else ""
     _line(console, result.run, state + (f", a retry of {result.parent}" if result.parent else ""))
-    _line(console, "archive", result.source_uri)
+    _line(console, "archive", ", ".join(result.sources))
     _line(
         console,
         "done",

@@ -23,8 +23,8 @@ from unetpp.errors import PERMANENT_IMAGE_ERRORS
 MAX_ATTEMPTS = 3
 PARTS_AT_ONCE = 64
 
-Place = tuple[str, int, int]
-"""Key, window_y, window_x."""
+Place = tuple[str, str, int, int]
+"""Source, key, window_y, window_x."""
 
 PLACE = ["source_uri", "key", "window_y", "window_x"]
 GRID = ["etag", "num_windows", "window_px"]
@@ -198,15 +198,15 @@ class Done:
         self._settled += identities[fresh & settled].tobytes()
         self._run.append((identities[fresh & ~settled], attempts[fresh & ~settled]))
 
-    def add_windows(self, source: str, rows: Sequence[Mapping[str, Any]], settled: NDArray[np.bool_]) -> None:
+    def add_windows(self, rows: Sequence[Mapping[str, Any]], settled: NDArray[np.bool_]) -> None:
         """The windows among some rows of a run, which are also added as such."""
         numbers = [number for number, row in enumerate(rows) if row["num_windows"] > 1]
         if not numbers:
             return
         found = [rows[number] for number in numbers]
         models = [row["model_digest"] for row in found]
-        wholes = [whole_identity(source, row["key"], row["etag"], row["window_px"]) for row in found]
-        windows = [identity(source, *(row[name] for name in _IDENTITY)) for row in found]
+        wholes = [whole_identity(row["source_uri"], row["key"], row["etag"], row["window_px"]) for row in found]
+        windows = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in found]
         self._windows.append(
             _Windows(
                 np.array([_of(model, window) for model, window in zip(models, windows, strict=True)], "S16"),
@@ -311,7 +311,7 @@ def done_before(
     output: str,
     digest: str | None,
     *,
-    source: str,
+    sources: Collection[str],
     write: Collection[str],
     written_by_run: Mapping[str, Collection[str]],
     waiting: Collection[str] = (),
@@ -324,7 +324,7 @@ def done_before(
     Args:
         output: where the table is.
         digest: the model's; None: by any model.
-        source: the archive.
+        sources: what is read, as rows name it.
         write: what is wanted now.
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
@@ -334,12 +334,12 @@ def done_before(
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
-            rows = [row for row in batch.to_pylist() if row["source_uri"] == source]
-            identities = np.array([identity(source, *(row[name] for name in _IDENTITY)) for row in rows], "S16")
+            rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
             settled = np.array([covers and _is_settled(row, run in waiting) for row in rows], bool)
             attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
-            done.add(identities, settled, attempts)
-            done.add_windows(source, rows, settled)
+            done.add(np.array(names, "S16"), settled, attempts)
+            done.add_windows(rows, settled)
         done.end_run()
     return done
 
@@ -359,17 +359,18 @@ def still_failed(
     by_run = parts_by_run(list_parts(output, digest))
     failed: dict[Place, int] = {}
     sources: set[str] = set()
-    windows: dict[str, tuple[tuple[object, ...], set[Place]]] = {}  # of the run: grid and places of an image
+    windows: dict[tuple[str, str], tuple[tuple[object, ...], set[Place]]] = {}
+    """Of the run: grid and places of an image."""
     for number in sorted(name for name in by_run if name >= run):
         for batch in scan(by_run[number], [*PLACE, *GRID, "error_code", "attempts"]):
             for row in batch.to_pylist():
-                place, grid = (row["key"], row["window_y"], row["window_x"]), tuple(row[name] for name in GRID)
+                place, grid = tuple(row[name] for name in PLACE), tuple(row[name] for name in GRID)
                 if number == run:
                     sources.add(row["source_uri"])
                     if row["num_windows"] > 1:
-                        windows.setdefault(row["key"], (grid, set()))[1].add(place)
-                elif row["source_uri"] in sources and windows.get(row["key"], (grid,))[0] != grid:
-                    for other in windows.pop(row["key"])[1]:  # of a newer version or grid, which is what counts now
+                        windows.setdefault(place[:2], (grid, set()))[1].add(place)
+                elif windows.get(place[:2], (grid,))[0] != grid:
+                    for other in windows.pop(place[:2])[1]:  # of a newer version or grid, which is what counts now
                         failed.pop(other, None)
                 if row["source_uri"] not in sources or (number != run and place not in failed):
                     continue

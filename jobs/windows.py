@@ -10,14 +10,15 @@ A window that fails is a row like any other. `jobs.assemble` puts the masks toge
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from jobs import storage
+from jobs import members, storage
+from jobs.archives import location
 from jobs.contract import PredictConfig
-from jobs.guarded import DecodePool, Measure, Ranged, Spans
-from jobs.storage import StoredObject
+from jobs.guarded import DecodePool, Measure
+from jobs.manifest import Listed
+from jobs.ranged import Ranged, Spans
 from unetpp.config import Bands, ModelConfig
 from unetpp.errors import ImageError
 from unetpp.regions import BLOCK_BYTES
@@ -83,31 +84,24 @@ def reading(row: HasWindow, model: ModelConfig) -> Reading | None:
     return Reading(outer, Box(row.window_y - y0, row.window_x - x0, y1 - y0, x1 - x0))
 
 
-def ranged(uri: str, etag: str, size_bytes: int, threads: Executor) -> Ranged:
-    """A stored image whose spans of bytes are read side by side, always of this version."""
-
-    def read(spans: Spans) -> Sequence[bytes]:
-        return list(threads.map(lambda span: storage.read_range(uri, span[0], span[1], etag), spans))
-
-    return Ranged(f"{uri}\0{etag}", size_bytes, read)
-
-
 class Headers:
     """Reads the sizes of stored images, many at a time, in processes that may die of it."""
 
-    def __init__(self, source_uri: str, config: PredictConfig, bands: Bands | None) -> None:
-        self._source_uri = source_uri
+    def __init__(self, sources: Sequence[str], config: PredictConfig, bands: Bands | None) -> None:
+        self._sources = sources
         self._decoders = DecodePool.of(config, bands, NUM_CHILDREN)
         self._threads = storage.io_threads()
 
-    def windows_of(self, images: Sequence[StoredObject], window_px: int) -> list[list[Box]]:
-        """The windows of each image; none for one that is left whole: small, or not to be measured.
+    def windows_of(self, images: Sequence[Listed], window_px: int) -> list[list[Box]]:
+        """The windows of each image; none for one that is left whole: small, not to be measured, or in an archive.
 
         What is wrong with an image is said when it is read, not here.
         """
         return list(self._threads.map(lambda found: self._windows(found, window_px), images))
 
-    def _windows(self, found: StoredObject, window_px: int) -> list[Box]:
+    def _windows(self, found: Listed, window_px: int) -> list[Box]:
+        if found.archive_etag or members.refusal(found.etag, found.position) is not None:
+            return []
         if not found.key.lower().endswith(TIFF_NAMES) and found.size_bytes <= LARGE_BYTES:
             return []
         try:
@@ -120,8 +114,8 @@ class Headers:
             return []
         return grid(measure.height, measure.width, window_px)
 
-    def _measure(self, found: StoredObject) -> Measure:
-        uri = storage.join(self._source_uri, found.key)
+    def _measure(self, found: Listed) -> Measure:
+        uri = location(self._sources[found.source], found)
         head = b""  # read before a child is taken: most headers lie there, and children are few
         if found.size_bytes:
             head = storage.read_range(uri, 0, min(BLOCK_BYTES, found.size_bytes), found.etag)

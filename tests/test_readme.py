@@ -53,6 +53,16 @@ def test_readme_commands_run(newcomer: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_readmes_archive_is_read_beside_its_folder(newcomer: dict[str, str], tmp_path: Path) -> None:
+    commands = "unetpp synth --out demo/set --num 8\n" + _block("bash", "packed.tar.gz")
+    script = ["bash", "-euo", "pipefail", "-c", commands]
+    done = subprocess.run(script, cwd=tmp_path, env=newcomer, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (named,) = re.findall(r"--exclude '\*(\S+)'", commands)
+    num_left_out = sum(path.name.endswith(named) for path in (tmp_path / "demo/set/images").iterdir())
+    assert f"{2 * (8 - num_left_out)} images" in done.stdout
+
+
 def test_every_command_that_the_readme_names_is_there() -> None:
     from jobs.cli import JOBS
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs import manifest, sink, table
+from jobs.manifest import Listed
 from jobs.storage import StoredObject
 from tests.bench.setting import setting
 
@@ -58,9 +59,11 @@ def plan(output: str, num_objects: int) -> dict[str, int]:
     """Plan as a run does, and say what it took at most."""
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = table.done_before(
-        output, DIGEST, source=SOURCE, write=("parquet",), written_by_run={"r00001": ("parquet",)}, waiting=()
+        output, DIGEST, sources={SOURCE}, write=("parquet",), written_by_run={"r00001": ("parquet",)}, waiting=()
     )
-    planned = manifest.plan(listing(num_objects), source=SOURCE, include=["*.png"], done=done, shard_images=64)
+    planned = manifest.plan(
+        (Listed(0, *found) for found in listing(num_objects)), sources=[SOURCE], done=done, shard_images=64
+    )
     size = len(manifest.encode(planned.table))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"num_listed": planned.num_listed, "num_new": len(planned.table), "manifest_bytes": size}

@@ -10,7 +10,17 @@ import pytest
 from jobs import storage
 from jobs.lease import Owner
 
-OPERATIONS = ("list_objects", "read_bytes", "write_bytes", "put_if_absent", "delete", "exists", "arrow")
+OPERATIONS = (
+    "list_objects",
+    "read_bytes",
+    "read_range",
+    "find",
+    "write_bytes",
+    "put_if_absent",
+    "delete",
+    "exists",
+    "arrow",
+)
 
 Side = Literal["before", "after"]
 
@@ -40,10 +50,11 @@ class Stepper:
             is_the_one = self.num_calls == self._at
         if is_the_one and self._side == "before":
             self._act()
-        answer = operation(*args, **options)
-        if is_the_one and self._side == "after":
-            self._act()
-        return answer
+        try:
+            return operation(*args, **options)
+        finally:  # that a name is free is an answer, too
+            if is_the_one and self._side == "after":
+                self._act()
 
     def _act(self) -> None:
         try:

@@ -29,7 +29,7 @@ def test_paths_become_absolute_and_packaged_models_stay_names(here: Path, model:
     config = PredictConfig(model=model, input="images", output="s3://bucket/out")
     seen = seen_from_elsewhere(config)
     assert seen.model == there.format(here=here)
-    assert (seen.input, seen.output, seen.result) == (f"{here}/images", "s3://bucket/out", None)
+    assert (seen.input, seen.output, seen.result) == ((f"{here}/images",), "s3://bucket/out", None)
     assert seen_from_elsewhere(seen) == seen
 
 

@@ -15,6 +15,7 @@ from jobs import lease, predict, storage
 from jobs.contract import PredictConfig, PredictResult
 from jobs.lease import LeaseRecord, Owner
 from jobs.runs import Archive, RunRecord
+from jobs.sources import Source
 from jobs.table import list_parts
 
 ELSEWHERE = Owner(host="elsewhere", kernel="another", pid=1, started_at=0.0)
@@ -27,7 +28,7 @@ def run(place: str) -> tuple[Archive, RunRecord]:
     record = RunRecord(
         run="r00001",
         fingerprint="f",
-        source_uri="images",
+        sources=("images",),
         model_digest="0" * 64,
         write=("parquet",),
         manifest="manifest.parquet",
@@ -39,7 +40,7 @@ def run(place: str) -> tuple[Archive, RunRecord]:
         opened_at=datetime.now(UTC),
         config={},
     )
-    archive = Archive("images", place, "0" * 64, config)
+    archive = Archive((Source("images"),), place, "0" * 64, config)
     storage.write_bytes(archive.run_uri("r00001", "run.json"), record.model_dump_json().encode())
     return archive, record
 

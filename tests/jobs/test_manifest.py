@@ -9,21 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import manifest, storage
-from jobs.manifest import SHARD_BYTES, Plan, identity
-from jobs.storage import StoredObject
+from jobs.manifest import SHARD_BYTES, Listed, Plan, identity, matcher
 from jobs.table import Done
-from unetpp.errors import StorageError
+from unetpp.errors import ConfigError, StorageError
 
-INCLUDE = ("*.png", "*.tif")
 NOTHING_DONE = Done()
 
 
-def _plan(listing: list[StoredObject], shard_images: int = 4, done: Done = NOTHING_DONE, **more) -> Plan:
-    return manifest.plan(listing, source="s", include=INCLUDE, done=done, shard_images=shard_images, **more)
+def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE) -> Plan:
+    return manifest.plan(listing, sources=["s", "t"], done=done, shard_images=shard_images)
 
 
-def _listed(*keys: str, size: int = 10) -> list[StoredObject]:
-    return [StoredObject(key, f"etag of {key}", size) for key in keys]
+def _listed(*keys: str, size: int = 10) -> list[Listed]:
+    return [Listed(0, key, f"etag of {key}", size) for key in keys]
 
 
 def _stored(plan: Plan, place: str) -> tuple[str, str]:
@@ -34,9 +32,16 @@ def _stored(plan: Plan, place: str) -> tuple[str, str]:
 
 
 def test_images_are_chosen_by_key_in_any_case_and_folder() -> None:
-    plan = _plan(_listed("B.PNG", "deep/er/c.Tif", "a.png", "notes.txt", "png", "a.png.bak"))
-    assert plan.table["key"].to_pylist() == ["B.PNG", "a.png", "deep/er/c.Tif"]
-    assert (plan.num_listed, plan.num_unchanged, plan.num_others) == (3, 0, 3)
+    keys = ["B.PNG", "deep/er/c.Tif", "a.png", "notes.txt", "png", "a.png.bak"]
+    assert list(filter(matcher(("*.png", "*.tif")), keys)) == ["B.PNG", "deep/er/c.Tif", "a.png"]
+    assert list(filter(matcher(()), keys)) == []
+
+
+def test_an_image_that_is_listed_twice_is_refused_and_two_sources_may_share_a_key() -> None:
+    same = Listed(1, "a.png", "other etag", 10)
+    assert _plan([*_listed("a.png"), same]).table["source"].to_pylist() == [0, 1]
+    with pytest.raises(ConfigError, match=r"'a\.png' is listed twice"):
+        _plan([*_listed("b.png", "a.png"), same, same])
 
 
 def test_what_is_done_is_left_out_and_counted() -> None:
@@ -59,11 +64,11 @@ def test_a_plan_of_nothing_has_no_shards() -> None:
     shard_images=st.integers(1, 9),
 )
 @settings(deadline=None, max_examples=60)
-def test_shards_cut_the_sorted_keys_within_their_limits(sizes: list[int], shard_images: int) -> None:
-    listing = [StoredObject(f"{hash(number)}-{number}.png", "e", size) for number, size in enumerate(sizes)]
+def test_shards_cut_the_listing_within_their_limits(sizes: list[int], shard_images: int) -> None:
+    listing = [Listed(0, f"{hash(number)}-{number}.png", "e", size) for number, size in enumerate(sizes)]
     plan = _plan(listing, shard_images)
     rows = plan.table.to_pylist()
-    assert [row["key"] for row in rows] == sorted((found.key for found in listing), key=str.encode)
+    assert [row["key"] for row in rows] == [found.key for found in listing]
     shards = [row["shard"] for row in rows]
     assert shards == sorted(shards)
     assert set(shards) == set(range(plan.num_shards))

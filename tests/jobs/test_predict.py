@@ -27,6 +27,7 @@ from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
 from jobs.shard import Item, Task, Worker, predict_shard, read_shard, write_shard
+from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from unetpp.config import ModelConfig
@@ -246,7 +247,12 @@ def test_what_breaks_on_one_image_does_not_break_its_batch() -> None:
     predictor = Predictor(FailingEngine(), ModelConfig(level=1, in_channels=1), digest="d")
     values = [1, 13, 20, 1]
     items = [
-        Item(ManifestRow(0, str(value), "e", 1, 0, 0, 0, 0, 1, 0, 0), np.full((8, 8, 1), value, np.uint8), None, 0.0)
+        Item(
+            ManifestRow(0, 0, str(value), "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None),
+            np.full((8, 8, 1), value, np.uint8),
+            None,
+            0.0,
+        )
         for value in values
     ]
     items.insert(2, Item(items[0].row, None, ImageError("decode", "cut short"), 0.0))
@@ -314,7 +320,7 @@ def _open_a_run(segment: Callable[..., PredictResult], tmp_path: Path, **changed
     elsewhere = segment(output=str(tmp_path / "digest only"), **changed)
     record = json.loads((tmp_path / "digest only" / "runs" / "r00001" / "run.json").read_text())
     config = PredictConfig.model_validate(record["config"] | {"output": out})
-    opening = open_run(Archive(record["source_uri"], out, elsewhere.model_digest, config))
+    opening = open_run(Archive(resolve([record["config"]["input"][0]], out), out, elsewhere.model_digest, config))
     assert isinstance(opening, Opening)
     return opening
 
@@ -324,7 +330,7 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
     record = opening.record
     task = Task(
         run=record.run,
-        source_uri=record.source_uri,
+        sources=record.sources,
         output_uri=f"{tmp_path}/out",
         model_uri=record.config["model"],
         model_digest=record.model_digest,

@@ -77,6 +77,65 @@ def test_a_listing_is_lazy(flaky_server) -> None:
     assert len(flaky_server.requests) == 1
 
 
+KEYS_OF_MANY = {
+    "folders beside objects": ["a", *(f"{letter}/{number}" for letter in "bcdef" for number in range(5)), "c.png", "z"],
+    "one folder above many": [f"year/{month}/{number}" for month in range(4) for number in range(4)] + ["year/notes"],
+    "more folders than a page": [f"{number:02d}/a" for number in range(12)],
+    "objects above a single folder": ["a", *(f"deep/{number:02d}" for number in range(14))],
+    "no folder": [f"{number:02d}" for number in range(14)],
+}
+
+
+@pytest.mark.parametrize("keys", KEYS_OF_MANY.values(), ids=KEYS_OF_MANY)
+def test_a_long_listing_goes_side_by_side_and_finds_all_once_in_one_order(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch, keys: list[str]
+) -> None:
+    monkeypatch.setattr("jobs.s3.PAGE_KEYS", 8)
+    monkeypatch.setattr("jobs.s3.MAX_PAGES_IN_LINE", 1)
+    monkeypatch.setattr("jobs.s3.LISTINGS_AT_ONCE", 3)
+    for key in keys:
+        storage.write_bytes(f"{s3_prefix}/{key}", key.encode())
+    found = list(storage.list_objects(s3_prefix))
+    assert sorted(one.key for one in found) == sorted(keys)
+    assert {one.size_bytes for one in found} == {len(key) for key in keys}
+    assert list(storage.list_objects(s3_prefix)) == found
+
+
+@pytest.mark.parametrize("span", [(0, 0), (0, 1), (3, 9), (0, 10), (10, 10)])
+def test_a_range_of_a_version_is_read_or_nothing(place: str, span: tuple[int, int]) -> None:
+    uri, content = f"{place}/a.bin", b"0123456789"
+    storage.write_bytes(uri, content)
+    (listed,) = storage.list_objects(place)
+    assert storage.read_range(uri, *span, listed.etag) == content[slice(*span)]
+    storage.write_bytes(uri, content[::-1])
+    if span[0] < span[1]:
+        with pytest.raises(ImageError, match="changed"):
+            storage.read_range(uri, *span, listed.etag)
+        storage.delete(uri)
+        with pytest.raises(ImageError, match="gone"):
+            storage.read_range(uri, *span, listed.etag)
+
+
+def test_a_stream_is_read_in_pieces_from_anywhere(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 7)
+    content = bytes(range(100))
+    storage.write_bytes(f"{place}/a.bin", content)
+    (listed,) = storage.list_objects(place)
+    stream = storage.open_stream(f"{place}/a.bin", listed.etag, listed.size_bytes)
+    assert [stream.read(3), stream.read(20), stream.read(), stream.read(1)] == [
+        content[:3],
+        content[3:23],
+        content[23:],
+        b"",
+    ]
+    stream.seek(-10, 2)
+    assert (stream.tell(), stream.read(4)) == (90, content[90:94])
+    storage.write_bytes(f"{place}/a.bin", content[::-1])
+    stream.seek(50)
+    with pytest.raises(ImageError, match="changed"):
+        stream.read(30)
+
+
 def test_a_prefix_is_a_folder_not_the_start_of_a_name(s3_prefix: str) -> None:
     storage.write_bytes(f"{s3_prefix}/images/a.png", b"a")
     storage.write_bytes(f"{s3_prefix}/images-old/b.png", b"b")
@@ -325,7 +384,18 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None
     assert list(storage.list_objects(tmp_path)) == []
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/key", "file://host/key", "s3:///key", ""])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "gs://bucket/key",
+        "odd://host/key",
+        "s3a://bucket/key",
+        "http://me:word@host/key",
+        "file://host/key",
+        "s3:///key",
+        "",
+    ],
+)
 def test_a_scheme_that_cannot_be_opened_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):
         storage.canonical(uri)

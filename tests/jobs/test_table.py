@@ -55,7 +55,7 @@ def _row(key: str, outcome: tuple[str, int] | None, source: str, etag: str) -> d
 
 def _done(place: str, *keys: str, source: str = "s", etag: str = "e", write=("parquet",), **more) -> list[bool]:
     written = {f"r0000{number}": ("parquet", "png") for number in range(1, 5)} | more.pop("written", {})
-    found = done_before(place, DIGEST, source=source, write=write, written_by_run=written, **more)
+    found = done_before(place, DIGEST, sources={source}, write=write, written_by_run=written, **more)
     return found.lookup(_identities(*keys, source=source, etag=etag))[0].tolist()
 
 
@@ -87,7 +87,7 @@ def test_the_newest_run_decides(place: str, commit) -> None:
 def test_attempts_are_those_of_the_newest_row(place: str, commit) -> None:
     commit("r00001", 0, {"a": (PASSING, 1)})
     commit("r00002", 0, {"a": (PASSING, 2)})
-    found = done_before(place, DIGEST, source="s", write=["parquet"], written_by_run={"r00002": ["parquet"]})
+    found = done_before(place, DIGEST, sources={"s"}, write=["parquet"], written_by_run={"r00002": ["parquet"]})
     assert found.lookup(_identities("a", "unknown"))[1].tolist() == [2, 0]
 
 
@@ -102,7 +102,7 @@ def test_another_version_source_or_model_is_not_done(place: str, commit) -> None
     commit("r00001", 0, {"a": None})
     assert _done(place, "a", etag="other") == [False]
     assert _done(place, "a", source="other") == [False]
-    other = done_before(place, "9" * 64, source="s", write=[], written_by_run={"r00001": []})
+    other = done_before(place, "9" * 64, sources={"s"}, write=[], written_by_run={"r00001": []})
     assert not other.lookup(_identities("a"))[0].any()
 
 

@@ -13,6 +13,7 @@ from jobs import explain, forget, gc, predict, rebuild, storage
 from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
 from jobs.runs import Archive, open_run
 from jobs.sink import png_key
+from jobs.sources import Source
 from jobs.table import newest_view, read_masks
 from unetpp.errors import ConfigError
 
@@ -118,7 +119,7 @@ def test_garbage_is_listed_first_and_removed_when_told(segment, output: str, tin
 def test_an_open_run_is_left_alone(segment, output: str, archive: Path, tiny_model: Path) -> None:
     digest = segment(output=output + "-elsewhere").model_digest
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
-    open_run(Archive(str(archive), output, digest, config))
+    open_run(Archive((Source(str(archive)),), output, digest, config))
     storage.write_bytes(storage.join(output, f"png/model=m{digest[:10]}/run=r00001/{png_key('a.png')}"), b"x")
     storage.write_bytes(storage.join(output, "runs/r00001/hints/shard-00000.1"), b"x")
     assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
@@ -157,7 +158,7 @@ def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
     with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
         forget.run(ForgetConfig(output=output, key="nowhere.png"))
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
-    open_run(Archive(str(archive), output, digest, config))
+    open_run(Archive((Source(str(archive)),), output, digest, config))
     with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do"):
         forget.run(ForgetConfig(output=output, key="a.png"))
 

@@ -1,0 +1,374 @@
+"""The same images, however they are packed: the same masks; and what is asked of a store for them."""
+
+import csv
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs import archives, members, predict, sources, storage
+from jobs.contract import PredictConfig, PredictResult
+from jobs.manifest import Listed, ManifestRow
+from jobs.parquet_images import Columns
+from jobs.sources import Listing, Source
+from jobs.table import read_masks
+from unetpp.errors import ConfigError, ImageError
+
+LIMITS = members.Limits(10_000, 64 << 20, 200.0)
+NAMES = [f"{number:02d}.png" for number in range(8)] + ["plate 1/a.png", "plate 1/b.png", "é/ü.png", "z.png"]
+
+
+def _png(seed: int) -> bytes:
+    rng, buffer = np.random.default_rng(seed), io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (24 + seed, 40 - seed, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, bytes]:
+    """A dozen small PNGs by name."""
+    return {name: _png(seed) for seed, name in enumerate(NAMES)}
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w", **more: Any) -> bytes:
+    """A tar of files, as `tarfile` writes it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, **more) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip of files, as `zipfile` writes it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
+    return buffer.getvalue()
+
+
+def parquet_of(files: dict[str, bytes], **more: Any) -> bytes:
+    """A Parquet file with the columns key and image."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"key": list(files), "image": list(files.values())}), buffer, **more)
+    return buffer.getvalue()
+
+
+PACKED: dict[str, Callable[[dict[str, bytes]], bytes]] = {
+    "x.tar": tar_of,
+    "x.tar.gz": lambda files: tar_of(files, "w:gz"),
+    "x.tar.zst": lambda files: pa.compress(tar_of(files), codec="zstd", asbytes=True),
+    "x.zip": zip_of,
+    "x.parquet": lambda files: parquet_of(files, row_group_size=5),
+}
+
+
+def listed(place: str, **options: Any) -> list[Listed]:
+    """What a run would find in one place."""
+    config = PredictConfig.model_validate({"model": "m", "input": place, "output": "o", **options})
+    found = sources.resolve(config.input, f"{place}-out")
+    return list(Listing(found, config, storage.join(f"{place}-out", "indexes")))
+
+
+def read(place: str, found: list[Listed], columns: Columns = Columns()) -> list[bytes | ImageError]:  # noqa: B008
+    """The contents of what was listed."""
+    zeros = dict.fromkeys(ManifestRow._fields, 0)
+    rows = [ManifestRow(**{**zeros, **one._asdict()}) for one in found]
+    with ThreadPoolExecutor(4) as threads:
+        return [content for _, content in archives.contents([place], rows, threads, LIMITS, columns)]
+
+
+@pytest.fixture
+def segment(tiny_model: Path) -> Callable[..., PredictResult]:
+    """Function: (output, inputs) run predict inline, five images a shard."""
+
+    def run(output: str, *inputs: str, **changed: Any) -> PredictResult:
+        settings: dict[str, Any] = {"model": str(tiny_model), "input": inputs, "output": output, "backend": "inline"}
+        return predict.run(PredictConfig.model_validate({**settings, "threads": 1, "shard_images": 5, **changed}))
+
+    return run
+
+
+def rows_of(output: str) -> list[dict[str, Any]]:
+    return sorted(read_masks(output).to_pylist(), key=lambda row: (row["source_uri"], row["key"]))
+
+
+# ------------------------------------------------------------------------------------------------ one mask
+
+
+def test_however_images_are_packed_they_get_the_same_masks(segment, images: dict[str, bytes], s3_prefix: str) -> None:
+    for name, content in images.items():
+        storage.write_bytes(f"{s3_prefix}/loose/{name}", content)
+    for name, pack in PACKED.items():
+        storage.write_bytes(f"{s3_prefix}/{name}/{name}", pack(images))
+    lines = [{"uri": f"loose/{name}", "stain": f"of {name}"} for name in images]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["uri", "stain"])
+    writer.writeheader()
+    writer.writerows(lines)
+    storage.write_bytes(f"{s3_prefix}/list.csv", text.getvalue().encode())
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**line, "dose": number} for number, line in enumerate(lines)]), buffer)
+    storage.write_bytes(f"{s3_prefix}/list.parquet", buffer.getvalue())
+
+    segment(f"{s3_prefix}/out/loose", f"{s3_prefix}/loose")
+    wanted = {row["key"]: row["mask_png"] for row in rows_of(f"{s3_prefix}/out/loose")}
+    assert set(wanted) == set(images)
+    for name in PACKED:
+        output = f"{s3_prefix}/out/{name}"
+        result = segment(output, f"{s3_prefix}/{name}")
+        assert (result.status, result.num_predicted) == ("complete", len(images))
+        rows = rows_of(output)
+        assert {row["key"]: row["mask_png"] for row in rows} == {f"{name}#{key}": wanted[key] for key in wanted}
+        assert {row["source_uri"] for row in rows} == {f"{s3_prefix}/{name}"}
+        assert all(storage.read_bytes(row["mask_uri"]) == row["mask_png"] for row in rows)
+        again = segment(output, f"{s3_prefix}/{name}")
+        assert (again.status, again.num_unchanged) == ("unchanged", len(images))
+    for name in ("list.csv", "list.parquet"):
+        segment(f"{s3_prefix}/out/{name}", f"{s3_prefix}/{name}")
+        rows = rows_of(f"{s3_prefix}/out/{name}")
+        assert {row["key"]: row["mask_png"] for row in rows} == {f"loose/{key}": wanted[key] for key in wanted}
+        said = {row["key"]: json.loads(row["extra"]) for row in rows}
+        assert {key: extra["stain"] for key, extra in said.items()} == {line["uri"]: line["stain"] for line in lines}
+    assert {extra["dose"] for extra in said.values()} == set(range(len(images)))
+
+
+def test_an_archive_named_alone_and_found_in_its_folder_is_the_same_one(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.tar").write_bytes(tar_of(images))
+    (tmp_path / "in" / "loose.png").write_bytes(images["z.png"])
+    alone = segment(f"{tmp_path}/out", f"{tmp_path}/in/x.tar")
+    both = segment(f"{tmp_path}/out", f"{tmp_path}/in")
+    assert (alone.num_predicted, both.num_predicted, both.num_unchanged) == (len(images), 1, len(images))
+
+
+def test_several_inputs_may_share_keys(segment, images, tmp_path: Path) -> None:
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(images[NAMES[number]])
+    result = segment(f"{tmp_path}/out", f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (result.num_listed, result.num_predicted) == (2, 2)
+    first, second = rows_of(f"{tmp_path}/out")
+    assert (first["key"], second["key"]) == ("same.png", "same.png")
+    assert (first["source_uri"], second["source_uri"]) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert first["mask_png"] != second["mask_png"]
+    for row in (first, second):
+        assert storage.read_bytes(row["mask_uri"]) == row["mask_png"]
+    assert segment(f"{tmp_path}/out", f"{tmp_path}/a", f"{tmp_path}/b").status == "unchanged"
+
+
+def test_inputs_that_overlap_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.tar").write_bytes(b"")
+    for twice in ([f"{tmp_path}/a"] * 2, [f"{tmp_path}/a", f"{tmp_path}/a/x.tar"]):
+        with pytest.raises(ConfigError, match="is part of the input"):
+            sources.resolve(twice, f"{tmp_path}/out")
+    with pytest.raises(ConfigError, match="lies inside the input"):
+        sources.resolve([f"{tmp_path}/a"], f"{tmp_path}/a/out")
+
+
+# ------------------------------------------------------------------------------------------------ listing
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_was_packed_is_listed_and_read_as_it_was(place: str, images, name: str) -> None:
+    storage.write_bytes(f"{place}/{name}", PACKED[name](images))
+    found = listed(place)
+    assert [one.key for one in found] == [f"{name}#{key}" for key in images]
+    assert read(place, found) == list(images.values())
+    assert read(place, found[3:9]) == list(images.values())[3:9]
+    assert read(place, found[::3]) == list(images.values())[::3]
+
+
+def test_globs_choose_and_leave_out(place: str, images) -> None:
+    storage.write_bytes(f"{place}/x.zip", zip_of({**images, "notes.txt": b"no image"}))
+    storage.write_bytes(f"{place}/y.tar", tar_of(images))
+    storage.write_bytes(f"{place}/z.PNG", images["z.png"])
+    assert len(listed(place)) == 2 * len(images) + 1
+    assert [one.key for one in listed(place, exclude=["x.zip", "y.tar#*"])] == ["z.PNG"]
+    assert {one.key for one in listed(place, include=["*plate*"])} == {
+        f"{name}#plate 1/{letter}.png" for name in ("x.zip", "y.tar") for letter in "ab"
+    }
+    assert len(listed(place, include=["*"], exclude=["*.png"])) == 1  # the text
+
+
+def test_an_unchanged_tar_is_not_streamed_again(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.tar.gz").write_bytes(PACKED["x.tar.gz"](images))
+    first = listed(f"{tmp_path}/in")
+    (index,) = (tmp_path / "in-out" / "indexes").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "open_stream", None)
+        assert listed(f"{tmp_path}/in") == first
+    index.write_bytes(b"torn")
+    assert listed(f"{tmp_path}/in") == first
+    index.unlink()
+    assert listed(f"{tmp_path}/in") == first
+
+
+def test_a_member_that_stays_the_same_in_a_longer_archive_is_unchanged(segment, images, tmp_path: Path) -> None:
+    for name in ("x.tar", "x.zip", "x.parquet"):
+        place, output = tmp_path / name, f"{tmp_path}/out {name}"
+        place.mkdir()
+        some = dict(list(images.items())[:7])
+        (place / name).write_bytes(PACKED[name](some))
+        assert segment(output, str(place)).num_predicted == 7
+        (place / name).write_bytes(PACKED[name](images))
+        later = segment(output, str(place))
+        assert (later.num_predicted, later.num_unchanged) == (len(images) - 7, 7)
+
+
+def test_an_archive_that_is_replaced_or_deleted_after_the_listing_is_known(place: str, images) -> None:
+    for name, pack in PACKED.items():
+        storage.write_bytes(f"{place}/{name}", pack(images))
+    found = listed(place)
+    for name, pack in PACKED.items():
+        storage.write_bytes(f"{place}/{name}", pack({"new.png": _png(3)} | images))
+    assert {content.code for content in read(place, found)} == {"changed"}
+    for name in PACKED:
+        storage.delete(f"{place}/{name}")
+    assert {content.code for content in read(place, found)} == {"gone"}
+
+
+# ------------------------------------------------------------------------------------------------ forms
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_form_of_tar_gives_its_names(tmp_path: Path, form: int) -> None:
+    long = "/".join(["folder" * 8] * 4) + "/x.png"
+    files = {"a.png": b"a", "./b.png": b"b", "/c.png": b"c", "d//e.png": b"d", "50 %.png": b"%", long: b"l"}
+    (tmp_path / "x.tar").write_bytes(tar_of(files, format=form))
+    found = listed(str(tmp_path))
+    keys = ["a.png", "b.png", "c.png", "d/e.png", "50 %25.png", long]
+    assert [one.key for one in found] == [f"x.tar#{key}" for key in keys]
+    assert read(str(tmp_path), found) == list(files.values())
+
+
+def test_zips_with_bytes_before_them_and_sizes_after_the_data_are_read(images, tmp_path: Path) -> None:
+    class OneWay(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def tell(self) -> int:
+            raise OSError
+
+        def seek(self, *where: int) -> int:
+            raise OSError
+
+    stream = OneWay()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in images.items():
+            packed.writestr(name, content)
+    (tmp_path / "a.zip").write_bytes(stream.getvalue())
+    (tmp_path / "b.zip").write_bytes(b"#!/bin/sh\n" * 50 + zip_of(images, zipfile.ZIP_STORED))
+    found = listed(str(tmp_path))
+    assert [one.key for one in found] == [f"{name}.zip#{key}" for name in "ab" for key in images]
+    assert read(str(tmp_path), found) == list(images.values()) * 2
+
+
+def test_a_zip64_is_read(tmp_path: Path, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 2000)
+    (tmp_path / "x.zip").write_bytes(zip_of(images))
+    found = listed(str(tmp_path))
+    assert [one.key for one in found] == [f"x.zip#{key}" for key in images]
+    assert read(str(tmp_path), found) == list(images.values())
+
+
+def test_gzip_and_zstd_in_several_parts_are_one_stream(tmp_path: Path, images) -> None:
+    import gzip
+
+    tar = tar_of(images)
+    halves = [tar[: len(tar) // 2], tar[len(tar) // 2 :]]
+    (tmp_path / "a.tgz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "b.tar.zst").write_bytes(b"".join(pa.compress(half, codec="zstd", asbytes=True) for half in halves))
+    found = listed(str(tmp_path))
+    assert read(str(tmp_path), found) == list(images.values()) * 2
+
+
+def test_a_parquet_column_may_be_named_nested_and_without_names(tmp_path: Path, images) -> None:
+    values = list(images.values())
+    pq.write_table(pa.table({"picture": values}), tmp_path / "a.parquet")
+    nested = [{"bytes": value, "path": name} for name, value in images.items()]
+    pq.write_table(pa.table({"image": nested}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"mask_png": values, "key": list(images)}), tmp_path / "c.parquet")
+    found = listed(str(tmp_path))
+    assert [one.key for one in found] == [f"b.parquet#{name}" for name in images]
+    assert read(str(tmp_path), found) == values
+    named = listed(str(tmp_path), image_column="picture")
+    assert [one.key for one in named] == [f"a.parquet#{number}" for number in range(len(images))]
+    assert read(str(tmp_path), named, Columns("picture")) == values
+
+
+def test_a_compressed_tar_is_read_by_few_shards(segment, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.tar.gz").write_bytes(tar_of({f"{number:03d}.png": b"" for number in range(120)}, "w:gz"))
+    result = segment(f"{tmp_path}/out", f"{tmp_path}/in", shard_images=1, max_failed_share=1)
+    assert result.num_listed == 120
+    record = storage.read_json(f"{tmp_path}/out/runs/r00001/run.json")
+    assert record["num_shards"] == 15
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def test_a_manifest_may_name_images_anywhere_and_archives(place: str, images, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "f.png").write_bytes(images["z.png"])
+    storage.write_bytes(f"{place}/lists/near.dat", images["00.png"])
+    storage.write_bytes(f"{place}/lists/sub/x.zip", zip_of(images))
+    table = f"uri,who\nnear.dat,anna\n{tmp_path}/far/f.png,bert\nsub/x.zip,carl\nabsent.png,dora\n./a/../near.png,\n"
+    storage.write_bytes(f"{place}/lists/l.csv", table.encode())
+    storage.write_bytes(f"{place}/lists/near.png", images["01.png"])
+    config = PredictConfig(model="m", input=(f"{place}/lists/l.csv",), output="o")
+    found = list(Listing([Source(f"{place}/lists", "l.csv")], config, f"{place}/indexes"))
+    keys = ["near.dat", f"{tmp_path}/far/f.png", *(f"sub/x.zip#{name}" for name in images), "absent.png", "near.png"]
+    assert [one.key for one in found] == keys
+    assert [json.loads(one.extra or "")["who"] for one in found] == ["anna", "bert", *["carl"] * 12, "dora", ""]
+    contents = read(f"{place}/lists", found)
+    assert contents[-2].code == "gone"
+    wanted = [images["00.png"], images["z.png"], *images.values(), images["01.png"]]
+    assert contents[:-2] + contents[-1:] == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("path,who\na.png,x\n", "wanted one of them to be uri"),
+        ("uri\na.png\n\xff\n", "wanted CSV in UTF-8"),
+        ("uri,who\n,x\n", "has a row whose uri is ''"),
+        ("uri\n../a.png\n", "leads out of its folder"),
+        ("uri\na.png\nb.png\na.png\n", "'a.png' is listed twice"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(segment, tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "l.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=says):
+        segment(f"{tmp_path}/out", f"{tmp_path}/l.csv")
+
+
+def test_an_objects_name_is_never_taken_for_an_address(place: str, images) -> None:
+    storage.write_bytes(f"{place}/http:/host/a.png", images["z.png"])
+    assert read(place, listed(place)) == [images["z.png"]]
+
+
+def test_an_object_named_like_a_member_is_told_from_it(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.tar").write_bytes(tar_of({"a.png": images["00.png"]}))
+    (tmp_path / "in" / "x.tar#b.png").write_bytes(images["01.png"])
+    segment(f"{tmp_path}/out", f"{tmp_path}/in")
+    codes = {row["key"]: row["error_code"] for row in rows_of(f"{tmp_path}/out")}
+    assert codes == {"x.tar#a.png": None, "x.tar#b.png": "archive"}
