@@ -117,7 +117,9 @@ def needed_bytes(path: Path, window_px: int, predictor: Predictor) -> int:
     total = 0
     for box in boxes:
         row = ManifestRow(
-            0, "", "", 0, box.y0, box.x0, box.height, box.width, len(boxes), window_px, *page.shape[:2], 0
+            *(0, 0, "", "", 0, "", -1),
+            *(box.y0, box.x0, box.height, box.width, len(boxes), window_px),
+            *(*page.shape[:2], 0, None),
         )
         part = windows.reading(row, predictor.config)
         outer = box if part is None else part.outer

@@ -170,7 +170,7 @@ def commit_windows(place: str):
 
 def _windows_done(place: str, digest: str | None = DIGEST, window_px: int = 96) -> int:
     written = {f"r0000{number}": ("parquet",) for number in range(1, 5)}
-    done = done_before(place, digest, source="s", write=("parquet",), written_by_run=written)
+    done = done_before(place, digest, sources={"s"}, write=("parquet",), written_by_run=written)
     (number,) = done.num_windows(np.array([whole_identity("s", "big", "e", window_px)], "S16")).tolist()
     return number
 
@@ -205,8 +205,8 @@ def test_the_newest_windows_are_those_of_the_newest_grid(commit_windows, place: 
 
 def test_windows_of_an_older_grid_are_not_tried_again(commit_windows, place: str) -> None:
     commit_windows("r00001", {0: None, 96: (PASSING, 1), 192: (PASSING, 2)})
-    assert table.still_failed(place, DIGEST, "r00001") == {("big", 0, 96): 1, ("big", 0, 192): 2}
+    assert table.still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 96): 1, ("s", "big", 0, 192): 2}
     commit_windows("r00002", {96: None})
-    assert table.still_failed(place, DIGEST, "r00001") == {("big", 0, 192): 2}
+    assert table.still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 192): 2}
     commit_windows("r00003", {0: None, 144: (PASSING, 1)}, num_windows=2, window_px=144)
     assert table.still_failed(place, DIGEST, "r00001") == {}

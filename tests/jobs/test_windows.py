@@ -18,6 +18,7 @@ from jobs import assemble, predict, retry, storage, windows
 from jobs.cli import run_command_line
 from jobs.contract import AssembleConfig, PredictConfig, PredictResult, RetryConfig
 from jobs.guarded import DecodePool, Limits
+from jobs.ranged import ranged
 from jobs.table import newest_view, read_masks
 from tests.faults.proxy import FaultProxy
 from unetpp.checkpoint import from_pretrained, save_pretrained
@@ -232,7 +233,7 @@ def _assert_regions_equal_the_whole(decoders: DecodePool, path: Path) -> None:
     found = storage.find(path)
     assert found is not None
     with ThreadPoolExecutor(4) as threads:
-        source = windows.ranged(str(path), found.etag, found.size_bytes, threads)
+        source = ranged(str(path), found.etag, found.size_bytes, threads)
         measure = decoders.measure(source)
         assert ((measure.height, measure.width), measure.fits) == (wanted.shape[:2], True)
         for box in windows.grid(*wanted.shape[:2], 112):
@@ -445,7 +446,7 @@ def test_only_the_needed_bytes_cross_the_wire(
     found = next(iter(storage.list_objects(f"{s3_prefix}/in")))
     boxes = windows.grid(512, 512, 128)
     with DecodePool(1, max_pixels=10**6, limits=LIMITS) as decoders, storage.io_threads() as threads:
-        source = windows.ranged(f"{s3_prefix}/in/big.tif", found.etag, found.size_bytes, threads)
+        source = ranged(f"{s3_prefix}/in/big.tif", found.etag, found.size_bytes, threads)
         decoders.measure(source)
         header_bytes = counting_proxy.bytes_of("GET", "big.tif")
         assert header_bytes <= 64 << 10
@@ -465,7 +466,7 @@ def test_memory_of_the_decoder_does_not_grow_with_the_image(tmp_path: Path) -> N
         found = storage.find(path)
         assert found is not None
         with DecodePool(1, max_pixels=10**6, limits=LIMITS) as decoders, ThreadPoolExecutor(4) as threads:
-            source = windows.ranged(str(path), found.etag, found.size_bytes, threads)
+            source = ranged(str(path), found.etag, found.size_bytes, threads)
             for box in windows.grid(side, side, 512)[-3:]:
                 decoders.decode_region(source, (side, side), box)
             newest = max(psutil.Process().children(), key=lambda child: child.create_time())
