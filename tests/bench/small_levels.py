@@ -41,10 +41,10 @@ def main() -> None:
     """Train every variant from the same weights with the same crops, and write its levels' quality."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--config", default="infra/recipes/nuclei_cpu_192px.yaml")
+    parser.add_argument("--config", default="infra/recipes/nuclei_cpu_frozen.yaml")
     parser.add_argument("--init", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, required=True)
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     labelled = open_labelled_set(asked.data)
     common = [f"data={asked.data}", "output=unused", "epochs=1", f"steps_per_epoch={asked.steps}", "warmup_steps=50"]
-    common.append(f"learning_rate={asked.learning_rate}")
+    common += [f"learning_rate={asked.learning_rate}", f"init={asked.init}"]
     initial = from_pretrained(fetch_model(asked.init))
     model = load_config(TrainConfig, asked.config, common).model
     train_images, val_images = (load(labelled.split(split), model) for split in ("train", "val"))
