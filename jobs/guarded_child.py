@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unetpp.errors import ImageError
-from unetpp.regions import BATCH_SPANS, Picture, Read, Span
+from unetpp.regions import Picture
+from unetpp.spans import BATCH_SPANS, Read, Span
 from unetpp.tiles import Box
 
 Work = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], NDArray[np.generic]]]

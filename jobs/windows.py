@@ -18,10 +18,10 @@ from jobs.archives import location
 from jobs.contract import PredictConfig
 from jobs.guarded import DecodePool, Measure
 from jobs.manifest import Listed
-from jobs.ranged import Ranged, Spans
+from jobs.ranged import Ranged
 from unetpp.config import Bands, ModelConfig
 from unetpp.errors import ImageError
-from unetpp.regions import BLOCK_BYTES
+from unetpp.spans import BLOCK_BYTES, Span
 from unetpp.tiles import Box
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Headers:
         if found.size_bytes:
             head = storage.read_range(uri, 0, min(BLOCK_BYTES, found.size_bytes), found.etag)
 
-        def read(spans: Spans) -> Sequence[bytes]:
+        def read(spans: Sequence[Span]) -> Sequence[bytes]:
             return [
                 head[start:stop] if stop <= len(head) else storage.read_range(uri, start, stop, found.etag)
                 for start, stop in spans

@@ -6,7 +6,6 @@ other image is decoded whole, under the cap on pixels, and kept for the next reg
 `images.read_image`, and what they mean is said by the same functions.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from unetpp.config import Bands, Pages
 from unetpp.decoders import FORMATS, check_size, orientation, turn, turned_size
 from unetpp.errors import ImageError
 from unetpp.images import Decoded, failures_as_image_errors, read_image
+from unetpp.spans import BATCH_BYTES, BATCH_SPANS, Read, Span, SpanFile, fetch, read_whole
 from unetpp.tiff import (
     JPEG_COMPRESSION,
     as_shown,
@@ -37,17 +37,6 @@ from unetpp.tiff import (
 from unetpp.tiles import Box
 
 Array = npt.NDArray[Any]
-Span = tuple[int, int]
-"""First byte, and the one after the last."""
-Read = Callable[[Sequence[Span]], Sequence[bytes]]
-"""The bytes of some spans of a file."""
-
-BLOCK_BYTES = 64 << 10
-"""What a header is read in."""
-GAP_BYTES = 16 << 10
-"""Spans that are so close are read as one."""
-BATCH_BYTES, BATCH_SPANS = 16 << 20, 256
-"""What is asked for at a time; a single span may be larger."""
 MAX_SEGMENT_PX = 1 << 25
 """A larger strip or tile is no region: its image is decoded whole."""
 
@@ -67,7 +56,7 @@ class Picture:
         """Of each page of `_numbers`, if regions can be read."""
         self.geo: str | None = None
         with failures_as_image_errors():
-            file = cast(BinaryIO, _RangeFile(read, size_bytes))
+            file = cast(BinaryIO, SpanFile(read, size_bytes))
             height, width = self._open_tiff(file) or self._open_other(file)
             check_size(height, width, height * width)
             self.height, self.width = turned_size(height, width, self._orientation)
@@ -118,7 +107,7 @@ class Picture:
     def _decoded(self) -> Decoded:
         if self._whole is None:
             check_size(self.height, self.width, self._max_pixels)
-            content = b"".join(fetch(self._read, _pieces(0, self._size_bytes)))
+            content = read_whole(self._read, self._size_bytes)
             whole = read_image(content, max_pixels=self._max_pixels, pages=self._pages, bands=self._bands)
             if (seen := whole.image_HWC.shape[:2]) != (self.height, self.width):
                 raise ImageError("decode", f"its header says {self.height} x {self.width} pixels, it has {seen}")
@@ -261,28 +250,6 @@ def _side(page: tifffile.TiffPage) -> tuple[int, int]:
     return min(page.rowsperstrip, page.imagelength), page.imagewidth
 
 
-# ------------------------------------------------------------------------------------------------- bytes
-
-
-def fetch(read: Read, spans: Sequence[Span]) -> list[bytes]:
-    """The bytes of each span; those that lie close together are read as one."""
-    order = sorted(range(len(spans)), key=lambda number: spans[number])
-    merged: list[Span] = []
-    home = [0] * len(spans)
-    for number in order:
-        start, stop = spans[number]
-        if merged and start <= merged[-1][1] + GAP_BYTES and max(stop, merged[-1][1]) - merged[-1][0] <= BATCH_BYTES:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
-        else:
-            merged.append((start, stop))
-        home[number] = len(merged) - 1
-    contents = read(merged)
-    return [
-        contents[at][start - merged[at][0] : stop - merged[at][0]]
-        for at, (start, stop) in zip(home, spans, strict=True)
-    ]
-
-
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     num_bytes = 0
@@ -295,43 +262,3 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         num_bytes += size_bytes
     if batch:
         yield batch
-
-
-def _pieces(start: int, stop: int) -> list[Span]:
-    return [(first, min(first + BATCH_BYTES, stop)) for first in range(start, stop, BATCH_BYTES)]
-
-
-class _RangeFile(io.RawIOBase):
-    """The file as header readers want it: seekable, its blocks fetched when they are first touched."""
-
-    def __init__(self, read: Read, size_bytes: int) -> None:
-        self._fetch, self._size_bytes, self._at = read, size_bytes, 0
-        self._blocks: dict[int, bytes] = {}
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._size_bytes)
-        if stop <= self._at:
-            return 0
-        numbers = range(self._at // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
-        missing = [number for number in numbers if number not in self._blocks]
-        spans = [(number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self._size_bytes)) for number in missing]
-        self._blocks.update(zip(missing, fetch(self._fetch, spans), strict=True))
-        content = b"".join(self._blocks[number] for number in numbers)
-        offset = self._at - numbers[0] * BLOCK_BYTES
-        length = stop - self._at
-        buffer[:length] = content[offset : offset + length]
-        self._at = stop
-        return length

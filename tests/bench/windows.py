@@ -36,7 +36,7 @@ from tests.bench.setting import setting
 from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 from unetpp.predictor import Predictor
-from unetpp.regions import BLOCK_BYTES
+from unetpp.spans import BLOCK_BYTES
 from unetpp.tiles import Box
 
 BOX_PX, NUM_BOXES = 160, 64
