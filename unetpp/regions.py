@@ -32,6 +32,7 @@ from unetpp.tiff import (
     page_of,
     pages_to_read,
     pick,
+    refuse_fax,
     stack,
 )
 from unetpp.tiles import Box
@@ -229,6 +230,7 @@ class _Stored:
 
 def _stored(page: tifffile.TiffPage, bands: Bands | None, read: Read, size_bytes: int) -> _Stored | None:
     """The page, if regions of it can be read. ImageError where it cannot be read at all."""
+    refuse_fax(page)
     is_jpeg = (
         page.compression in JPEG_COMPRESSION
         and page.photometric in (1, 2, 6)

@@ -172,6 +172,12 @@ def geo_of(page: tifffile.TiffPage) -> str | None:
     return read_geo(page.tags.valueof, page.imagelength, page.imagewidth, orientation_of(page))
 
 
+def refuse_fax(page: tifffile.TiffPage) -> None:
+    """Raise ImageError for a page in which damage leaves no trace."""
+    if page.compression in _FAX_COMPRESSION:
+        raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
+
+
 def is_plain(page: tifffile.TiffPage) -> bool:
     """Whether tifffile reads the page's samples as they are."""
     return (
@@ -212,8 +218,7 @@ def _page_pixels(data: bytes, page: tifffile.TiffPage, number: int, max_pixels: 
         check_size(page.tilelength, page.tilewidth, MAX_PIXELS)
     if is_plain(page):
         return _plain_pixels(page, len(data), bands)
-    if page.compression in _FAX_COMPRESSION:
-        raise ImageError("decode", "fax-compressed TIFF is not supported: damage in it cannot be seen")
+    refuse_fax(page)
     if page.compression in JPEG_COMPRESSION:
         _check_jpeg_segments(page, data)
     return _picture_pixels(data, max_pixels, bands, number)

@@ -306,7 +306,7 @@ def test_what_is_forgotten_while_it_is_copied_does_not_come_back(output: str) ->
     copying = begun(output)
     for number, pieces in enumerate(copying.shards):
         compact._copy(copying.archive, copying.record, number, pieces)
-    forget._forget_in_runs(output, "a2.png", runs)
+    forget._forget_in_runs(output, ForgetConfig(output=output, key="a2.png"), runs)
     assert holds(output, mask)
     compact._finish(copying, 0.0)
     assert holds(output, mask) == []
