@@ -48,4 +48,4 @@ def test_the_demo_recipe_is_a_whole_night(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != "demo.yaml"))
 def test_a_training_recipe_needs_only_its_places(recipe: str) -> None:
-    load_config(TrainConfig, RECIPES / recipe, ["data=d", "output=o"])
+    load_config(TrainConfig, RECIPES / recipe, ["data=d", "output=o", "init=m"])
