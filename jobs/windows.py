@@ -11,13 +11,13 @@ A window that fails is a row like any other. `jobs.assemble` puts the masks toge
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from jobs import members, storage
 from jobs.archives import location
 from jobs.contract import PredictConfig
 from jobs.guarded import DecodePool, Measure
-from jobs.manifest import Listed
+from jobs.manifest import Listed, ManifestRow
 from jobs.ranged import Ranged
 from unetpp.config import Bands, ModelConfig
 from unetpp.errors import ImageError
@@ -32,25 +32,6 @@ TIFF_NAMES = (".tif", ".tiff", ".svs", ".btf", ".tf8")
 MAX_WINDOWS = 100_000
 """An image of more is left whole, and becomes a too_large row."""
 NUM_CHILDREN = 4
-
-
-class HasWindow(Protocol):
-    """What a row of the manifest says of its window."""
-
-    @property
-    def num_windows(self) -> int: ...
-    @property
-    def window_y(self) -> int: ...
-    @property
-    def window_x(self) -> int: ...
-    @property
-    def window_h(self) -> int: ...
-    @property
-    def window_w(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
 
 
 class Reading(NamedTuple):
@@ -69,7 +50,7 @@ def grid(height: int, width: int, window_px: int) -> list[Box]:
     ]
 
 
-def reading(row: HasWindow, model: ModelConfig) -> Reading | None:
+def reading(row: ManifestRow, model: ModelConfig) -> Reading | None:
     """What to read for the mask of a row's window; None for an image that is not cut.
 
     The halo lies around it where the image goes on, and the corner on the grid that images are padded to: so tiles,
