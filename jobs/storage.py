@@ -29,6 +29,7 @@ import pyarrow.fs
 
 from jobs import disk, foreign, s3
 from unetpp.errors import ConfigError, StorageError
+from unetpp.spans import ReadFile
 
 SCRATCH = ".tmp"
 NUM_THREADS = 16
@@ -136,31 +137,15 @@ def read_range(uri: str | Path, start: int, stop: int, etag: str | None = None) 
     return _reader(place).read_range(place, start, stop, etag)
 
 
-class _Stored(io.RawIOBase):
+class _Stored(ReadFile):
     """An object as a file: every read is a range of it, retried by itself."""
 
     def __init__(self, uri: str, etag: str, size_bytes: int) -> None:
-        self._uri, self._etag, self._size_bytes, self._at = uri, etag, size_bytes, 0
+        super().__init__(size_bytes)
+        self._uri, self._etag = uri, etag
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size_bytes}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._size_bytes, self._at + len(buffer))
-        content = read_range(self._uri, self._at, stop, self._etag) if self._at < stop else b""
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
+    def bytes_at(self, start: int, stop: int) -> bytes:
+        return read_range(self._uri, start, stop, self._etag)
 
 
 def open_stream(uri: str | Path, etag: str, size_bytes: int) -> io.BufferedReader:

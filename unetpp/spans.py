@@ -41,12 +41,15 @@ def read_whole(read: Read, size_bytes: int) -> bytes:
     return b"".join(fetch(read, [(at, min(at + BATCH_BYTES, size_bytes)) for at in range(0, size_bytes, BATCH_BYTES)]))
 
 
-class SpanFile(io.RawIOBase):
-    """The file as header readers want it: seekable, its blocks fetched when they are first touched."""
+class ReadFile(io.RawIOBase):
+    """A file of known size to be read from anywhere: subclasses say how its bytes are come by."""
 
-    def __init__(self, read: Read, size_bytes: int) -> None:
-        self._read, self._size_bytes, self._at = read, size_bytes, 0
-        self._blocks: dict[int, bytes] = {}
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes, self._at = size_bytes, 0
+
+    def bytes_at(self, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop`, which lie within the file and are at least one."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -63,15 +66,26 @@ class SpanFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         stop = min(self._at + len(buffer), self._size_bytes)
-        if stop <= self._at:
-            return 0
-        numbers = range(self._at // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
+        content = self.bytes_at(self._at, stop) if self._at < stop else b""
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+class SpanFile(ReadFile):
+    """The file as header readers want it: its blocks are fetched when they are first touched."""
+
+    def __init__(self, read: Read, size_bytes: int) -> None:
+        super().__init__(size_bytes)
+        self._read = read
+        self._blocks: dict[int, bytes] = {}
+
+    def bytes_at(self, start: int, stop: int) -> bytes:
+        """See `ReadFile`."""
+        numbers = range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
         missing = [number for number in numbers if number not in self._blocks]
         spans = [(number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self._size_bytes)) for number in missing]
         self._blocks.update(zip(missing, fetch(self._read, spans), strict=True))
         content = b"".join(self._blocks[number] for number in numbers)
-        offset = self._at - numbers[0] * BLOCK_BYTES
-        length = stop - self._at
-        buffer[:length] = content[offset : offset + length]
-        self._at = stop
-        return length
+        first = numbers[0] * BLOCK_BYTES
+        return content[start - first : stop - first]
