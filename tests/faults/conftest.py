@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
-from jobs import predict
+from jobs import predict, storage
 from jobs.contract import PredictConfig, PredictResult
 
 pytest.register_assert_rewrite("tests.faults.invariants")
 
 from tests.faults.invariants import rows_of  # noqa: E402
 from tests.faults.proxy import FaultProxy  # noqa: E402
+
+
+@pytest.fixture
+def one_storage_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread a pool, so that the calls of every run are the same ones."""
+    monkeypatch.setattr(storage, "NUM_THREADS", 1)
 
 
 @pytest.fixture

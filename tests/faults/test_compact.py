@@ -19,13 +19,9 @@ from jobs.table import list_parts, read_masks
 from tests.faults.stepper import Side, Stepper, Stopped, die, stepped
 from unetpp.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_storage_thread")
+
 KEY = "b.png"
-
-
-@pytest.fixture(autouse=True)
-def one_storage_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread a pool, so that the calls of every run are the same ones."""
-    monkeypatch.setattr(storage, "NUM_THREADS", 1)
 
 
 @pytest.fixture

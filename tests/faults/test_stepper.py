@@ -15,6 +15,8 @@ from jobs.contract import PredictConfig, PredictResult
 from jobs.table import list_parts, read_rows
 from tests.faults.stepper import Side, Stepper, Stopped, die, stepped
 
+pytestmark = pytest.mark.usefixtures("one_storage_thread")
+
 KEYS = ("a.png", "b.png", "broken.png", "c.png", "sub/d.png", "sub/e.png")
 
 
@@ -29,12 +31,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(rng.integers(0, 255, (16 + number, 20, 3), np.uint8)).save(path)
     (folder / "broken.png").write_bytes(b"no image")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_storage_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread a pool, so that the calls of every run are the same ones."""
-    monkeypatch.setattr(storage, "NUM_THREADS", 1)
 
 
 @pytest.fixture
