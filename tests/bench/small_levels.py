@@ -25,16 +25,19 @@ from tests.bench.setting import setting
 from unetpp.checkpoint import from_pretrained
 from unetpp.engines import keep_freed_memory
 
-VARIANTS: dict[str, list[str]] = {
-    "joint, equal weights": [],
-    "joint, shallow heads weigh twice": ["head_weights={1: 2, 2: 2, 3: 1, 4: 1}"],
-    "joint, deep heads weigh twice": ["head_weights={1: 1, 2: 1, 3: 2, 4: 2}"],
-    "joint, distillation 0.3 from the mean of the heads": ["distillation=0.3", "teacher=mean"],
-    "joint, distillation 0.3 from L4": ["distillation=0.3"],
-    "L2 alone, both heads": ["model.level=2"],
-    "L2 alone, its head only": ["model.level=2", "model.deep_supervision=false"],
-    "L1 alone": ["model.level=1"],
+VARIANTS: dict[str, tuple[float, list[str]]] = {
+    "joint, equal weights": (1, []),
+    "joint, shallow heads weigh twice": (1, ["head_weights={1: 2, 2: 2, 3: 1, 4: 1}"]),
+    "joint, distillation 0.3 from the mean of the heads": (1, ["distillation=0.3", "teacher=mean"]),
+    "joint, distillation 0.3 from L4": (1, ["distillation=0.3"]),
+    "L3 alone, its head only": (1, ["model.level=3", "model.deep_supervision=false"]),
+    "L2 alone, both heads": (1, ["model.level=2"]),
+    "L2 alone, its head only": (1, ["model.level=2", "model.deep_supervision=false"]),
+    "L2 alone, its head only, as much work": (3.3, ["model.level=2", "model.deep_supervision=false"]),
+    "L1 alone": (1, ["model.level=1"]),
+    "L1 alone, as much work": (8.5, ["model.level=1"]),
 }
+"""Name -> (times the steps; other settings). "As much work": as many multiply-adds as the joint network's steps."""
 
 
 def main() -> None:
@@ -52,16 +55,18 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(asked.threads)
     labelled = open_labelled_set(asked.data)
-    common = [f"data={asked.data}", "output=unused", "epochs=1", f"steps_per_epoch={asked.steps}", "warmup_steps=50"]
+    common = [f"data={asked.data}", "output=unused", "epochs=1", "warmup_steps=50"]
     common += [f"learning_rate={asked.learning_rate}", f"init={asked.init}"]
     initial = from_pretrained(fetch_model(asked.init))
-    model = load_config(TrainConfig, asked.config, common).model
+    model = load_config(TrainConfig, asked.config, [*common, "steps_per_epoch=1"]).model
     train_images, val_images = (load(labelled.split(split), model) for split in ("train", "val"))
     before = quality(initial, val_images)
     report: dict[str, Any] = {**setting(), "steps": asked.steps, "learning_rate": asked.learning_rate, "val": {}}
     scores = {"before": before}
     for name in asked.only:
-        config = load_config(TrainConfig, asked.config, [*common, *VARIANTS[name]])
+        factor, settings = VARIANTS[name]
+        steps = f"steps_per_epoch={round(asked.steps * factor)}"
+        config = load_config(TrainConfig, asked.config, [*common, *settings, steps])
         network = first_network(config, initial)
         print(name, train(network, config, list(train_images)), flush=True)
         scores[name] = quality(network, val_images)
