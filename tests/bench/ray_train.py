@@ -28,7 +28,7 @@ from unetpp.engines import keep_freed_memory
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
 
-SHORT, LONG = 40, 160
+SHORT, LONG = 20, 100
 VARIANTS = {"plain, 2 threads": (0, 2), "ray, 2 threads": (1, 2), "ray, 1 thread": (1, 1), "ray, 2 workers": (2, 1)}
 """Name -> (workers, 0 for the plain loop; threads of each)."""
 
