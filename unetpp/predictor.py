@@ -34,7 +34,8 @@ from unetpp.tiles import Box
 MIN_TILE_PX = 64
 """Smaller tiles would be nearly all halo. A multiple of every pad_multiple."""
 
-EngineName = Literal["torch"]
+EngineName = Literal["torch", "openvino"]
+"""openvino: CPU only."""
 Name = TypeVar("Name", str, int)
 Image = Pixels
 """HW or HWC: uint8, uint16 or float32."""
@@ -78,6 +79,7 @@ class Predictor:
         tile_px: int = 512,
         device: str = "cpu",
         *,
+        threads: int | None = None,
         flips: bool = False,
         bands: Bands | None = None,
         probability: bool = False,
@@ -86,7 +88,7 @@ class Predictor:
 
         With `flips`, accurate mode also averages over the mirror images of what it sees. `bands` are other channels of
         the files than the model names: they do not change what is done with an image, but whose masks these are. With
-        `probability`, predictions have `probability_HW`.
+        `probability`, predictions have `probability_HW`. `threads` are the openvino engine's; None: every core.
 
         ModelError for a folder that is no model; ConfigError for a level without a head, accurate mode with one head,
         flips in fast mode, as many bands as the network cannot read.
@@ -102,7 +104,7 @@ class Predictor:
         if mode == "fast" and len(config.head_levels) > 1:
             model = prune(model, config.level)
         return cls(
-            TorchEngine(model, mode, device, flips=flips, probability=probability),
+            _engine(engine, model, mode, device, threads, flips, probability),
             model.config,
             digest=digest(model, mode=mode, precision="f32", **({"flips": "mean"} if flips else {})),
             tile_px=tile_px,
@@ -224,6 +226,18 @@ def _prediction(
         degraded,
         tiles.stitch(plan, probabilities).astype(np.uint8, copy=False) if probabilities else None,
     )
+
+
+def _engine(
+    name: EngineName, model: UNetPlusPlus, mode: Mode, device: str, threads: int | None, flips: bool, probability: bool
+) -> Engine:
+    if name == "torch":
+        return TorchEngine(model, mode, device, flips=flips, probability=probability)
+    if device != "cpu":
+        raise ConfigError(f"engine openvino computes on CPU, the device is {device}; take engine torch")
+    from unetpp.openvino_engine import OpenVINOEngine
+
+    return OpenVINOEngine(model, mode, threads=threads, flips=flips, probability=probability)
 
 
 def _with_bands(config: ModelConfig, bands: Bands) -> ModelConfig:
