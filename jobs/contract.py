@@ -414,7 +414,7 @@ class PredictOptions(Frozen):
         False, description="accept a store that cannot refuse overwrites; never start two runs on it at once"
     )
     engine: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="what computes the masks; auto: torch; openvino: on CPU, faster"
+        "auto", description="what computes the masks; auto: torch; openvino: on CPU"
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The network as an OpenVINO graph, built node by node from the weights: the fastest float32 on CPUs.
+"""The network as an OpenVINO graph, built node by node from the weights: float32 on CPUs.
 
 File values go in and masks come out: scaling, normalisation, heads and threshold are part of the graph.
 """

@@ -137,6 +137,19 @@ def test_other_programs_read_the_table_as_it_is(segment) -> None:
     assert duckdb.sql(query).fetchall() == [(f"m{result.model_digest[:10]}", "r00001", NUM_IMAGES, NUM_IMAGES)]
 
 
+def test_openvino_gives_the_masks_of_torch(segment, tmp_path: Path) -> None:
+    by_torch, by_openvino = (segment(engine=engine, output=str(tmp_path / engine)) for engine in ("torch", "openvino"))
+    assert by_openvino.num_predicted == by_torch.num_predicted == NUM_IMAGES
+    assert by_openvino.model_digest == by_torch.model_digest
+    masks, others = (
+        read_masks(str(tmp_path / engine), by_torch.model_digest).to_pylist() for engine in ("torch", "openvino")
+    )
+    for row, other in zip(masks, others, strict=True):
+        mask_HW, other_HW = decode_mask(row["mask_png"], 1), decode_mask(other["mask_png"], 1)
+        assert row["key"] == other["key"]
+        assert (mask_HW != other_HW).mean() < 1e-3
+
+
 def test_levels_and_modes_are_models_of_their_own(segment) -> None:
     results = [segment(), segment(level=1), segment(mode="accurate"), segment(mode="accurate", flips=True)]
     assert len({result.model_digest for result in results}) == 4
