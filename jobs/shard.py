@@ -32,7 +32,7 @@ from jobs.watchdog import Watch, watching
 from unetpp.config import ModelConfig
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
 from unetpp.images import decode_mask, encode_image, encode_mask
-from unetpp.predictor import Image, Prediction, Predictor
+from unetpp.predictor import EngineName, Image, Prediction, Predictor
 from unetpp.tiles import Box
 
 logger = logging.getLogger(__name__)
@@ -348,13 +348,14 @@ def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -
     """Fetch and load the model on the best device here. ModelError, ConfigError, StorageError as they come."""
     if threads is not None:
         torch.set_num_threads(threads)
+    engine: EngineName = "torch" if config.engine == "auto" else config.engine
     return Predictor.from_pretrained(
         fetch_model(model_uri),
         mode=config.mode,
         level=config.level,
-        engine="openvino" if config.engine == "openvino" else "torch",
+        engine=engine,
         tile_px=config.tile_px,
-        device="cuda" if config.engine != "openvino" and torch.cuda.is_available() else "cpu",
+        device="cuda" if engine == "torch" and torch.cuda.is_available() else "cpu",
         threads=threads,
         flips=config.flips,
         bands=config.bands,

@@ -46,16 +46,21 @@ class Engine(Protocol):
         """Class ids masks_BHW of the core, and one TileStats a tile; values are file values, not yet scaled."""
 
 
+def value_range(config: ModelConfig, pixel_type: str) -> tuple[float, float]:
+    """File values of a pixel type that become 0 and 1. ConfigError on other types than uint8, uint16 and float32."""
+    if pixel_type not in ("uint8", "uint16", "float32"):
+        raise ConfigError(f"pixels are {pixel_type}; wanted uint8, uint16 or float32: convert the image first")
+    low, high = getattr(config.value_range, pixel_type)
+    return low, high
+
+
 def scale(images_BHWC: Tensor, config: ModelConfig) -> Tensor:
     """File values -> x_BCHW float32: the pixel type's `value_range` becomes 0..1, then `gamma` is applied.
 
     Values outside of the range stay outside, except that a gamma other than 1 lifts negative ones to 0.
     ConfigError on other pixel types.
     """
-    pixel_type = str(images_BHWC.dtype).removeprefix("torch.")
-    if pixel_type not in ("uint8", "uint16", "float32"):
-        raise ConfigError(f"pixels are {pixel_type}; wanted uint8, uint16 or float32: convert the image first")
-    low, high = getattr(config.value_range, pixel_type)
+    low, high = value_range(config, str(images_BHWC.dtype).removeprefix("torch."))
     x_BHWC = (images_BHWC.float() - low) / (high - low)
     if config.gamma != 1.0:
         x_BHWC = x_BHWC.clamp(min=0.0).pow(config.gamma)

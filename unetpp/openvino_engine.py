@@ -11,8 +11,8 @@ import openvino as ov
 import openvino.opset13 as ops
 from numpy.typing import NDArray
 
-from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, fold_batch_norm
-from unetpp.errors import ConfigError
+from unetpp.config import ModelConfig
+from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, fold_batch_norm, value_range
 from unetpp.model import UNetPlusPlus, node_name
 
 Output = Any
@@ -79,18 +79,20 @@ def graph(
     and NaN where a head that was read gave NaN or infinity.
     """
     config = model.config
-    tiles_BHWC = ops.parameter([-1, -1, -1, config.in_channels], _element(pixel_type), name="tiles")
-    x_BCHW = _scaled(tiles_BHWC, model, pixel_type)
+    low, high = value_range(config, pixel_type)
+    tiles_BHWC = ops.parameter([-1, -1, -1, config.in_channels], ov.Type(np.dtype(pixel_type)), name="tiles")
+    x_BCHW = _scaled(tiles_BHWC, low, high, model)
+    weights = _constants(model)
     seen, finite = [], []
     for axes in MIRRORS if flips else MIRRORS[:1]:
-        heads = _heads(_mirrored(x_BCHW, axes), model)
+        heads = _heads(_mirrored(x_BCHW, axes), weights, config)
         read = heads if mode == "accurate" else {config.level: heads[config.level]}
         for level, logits_BKHW in read.items():
             logits_BKHW = _mirrored(logits_BKHW, axes)
             finite.append(ops.reduce_logical_and(ops.is_finite(logits_BKHW), CHANNELS))
             logits_BKHW = ops.divide(logits_BKHW, np.float32(config.temperature.get(level, 1.0)))
-            softmax = config.num_classes > 1
-            seen.append(ops.softmax(logits_BKHW, CHANNELS) if softmax else ops.sigmoid(logits_BKHW))
+            one_class = config.num_classes == 1
+            seen.append(ops.sigmoid(logits_BKHW) if one_class else ops.softmax(logits_BKHW, CHANNELS))
     probability_BKHW = _mean(seen)
     mask_BHW, margin_BHW = _decided(probability_BKHW, config.num_classes)
     is_finite_BHW = finite[0]
@@ -102,16 +104,9 @@ def graph(
     return ov.Model([ops.result(output) for output in outputs], [tiles_BHWC], "unetpp")
 
 
-def _element(pixel_type: str) -> ov.Type:
-    if pixel_type not in ("uint8", "uint16", "float32"):
-        raise ConfigError(f"pixels are {pixel_type}; wanted uint8, uint16 or float32: convert the image first")
-    return ov.Type(np.dtype(pixel_type))
-
-
-def _scaled(tiles_BHWC: Output, model: UNetPlusPlus, pixel_type: str) -> Output:
+def _scaled(tiles_BHWC: Output, low: float, high: float, model: UNetPlusPlus) -> Output:
     """As `engines.scale`, then normalised."""
     config = model.config
-    low, high = getattr(config.value_range, pixel_type)
     x_BHWC = ops.divide(
         ops.subtract(ops.convert(tiles_BHWC, np.float32), np.float32(low)), np.float32(high) - np.float32(low)
     )
@@ -121,9 +116,17 @@ def _scaled(tiles_BHWC: Output, model: UNetPlusPlus, pixel_type: str) -> Output:
     return ops.divide(ops.subtract(x_BCHW, model.mean.numpy()), model.std.numpy())
 
 
-def _heads(x_BCHW: Output, model: UNetPlusPlus) -> dict[int, Output]:
+def _constants(model: UNetPlusPlus) -> dict[str, Output]:
+    """The weights by name, once for all mirror images; biases as 1, C, 1, 1."""
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return {
+        name: ops.constant(array.reshape(1, -1, 1, 1) if name.endswith(".bias") else array)
+        for name, array in arrays.items()
+    }
+
+
+def _heads(x_BCHW: Output, weights: dict[str, Output], config: ModelConfig) -> dict[int, Output]:
     """Logits of every head: `UNetPlusPlus.heads_of` in the graph's operations."""
-    config, weights = model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     grid: dict[tuple[int, int], Output] = {}
     for depth in range(config.level + 1):
         for j in range(depth + 1):
@@ -144,18 +147,18 @@ def _heads(x_BCHW: Output, model: UNetPlusPlus) -> dict[int, Output]:
     return {level: _convolved(grid[0, level], weights, f"heads.{level}", padding=0) for level in config.head_levels}
 
 
-def _convolved(x_BCHW: Output, weights: dict[str, NDArray[np.float32]], name: str, *, padding: int) -> Output:
+def _convolved(x_BCHW: Output, weights: dict[str, Output], name: str, *, padding: int) -> Output:
     pads = [padding, padding]
     convolved = ops.convolution(x_BCHW, weights[f"{name}.weight"], [1, 1], pads, pads, [1, 1])
-    return ops.add(convolved, weights[f"{name}.bias"].reshape(1, -1, 1, 1))
+    return ops.add(convolved, weights[f"{name}.bias"])
 
 
-def _upsampled(x_BCHW: Output, weights: dict[str, NDArray[np.float32]], node: str, upsample: str) -> Output:
+def _upsampled(x_BCHW: Output, weights: dict[str, Output], node: str, upsample: str) -> Output:
     """Twice as high and wide, as torch does it."""
     if upsample == "deconv":
         name = f"ups.{node}"
         lifted = ops.convolution_backprop_data(x_BCHW, weights[f"{name}.weight"], [2, 2])
-        return ops.add(lifted, weights[f"{name}.bias"].reshape(1, -1, 1, 1))
+        return ops.add(lifted, weights[f"{name}.bias"])
     how = (
         {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         if upsample == "nearest"
@@ -176,7 +179,7 @@ def _mean(probabilities: list[Output]) -> Output:
     total = probabilities[0]
     for other in probabilities[1:]:
         total = ops.add(total, other)
-    return total if len(probabilities) == 1 else ops.divide(total, np.float32(len(probabilities)))
+    return ops.divide(total, np.float32(len(probabilities)))
 
 
 def _decided(probability_BKHW: Output, num_classes: int) -> tuple[Output, Output]:

@@ -58,7 +58,7 @@ def main() -> None:
     common = [f"data={asked.data}", "output=unused", "epochs=1", "warmup_steps=50"]
     common += [f"learning_rate={asked.learning_rate}", f"init={asked.init}"]
     initial = from_pretrained(fetch_model(asked.init))
-    model = load_config(TrainConfig, asked.config, [*common, "steps_per_epoch=1"]).model
+    model = load_config(TrainConfig, asked.config, common).model
     train_images, val_images = (load(labelled.split(split), model) for split in ("train", "val"))
     before = quality(initial, val_images)
     report: dict[str, Any] = {**setting(), "steps": asked.steps, "learning_rate": asked.learning_rate, "val": {}}
