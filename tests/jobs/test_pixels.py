@@ -15,7 +15,7 @@ from jobs import forget, gc, predict, retry, storage
 from jobs.contract import ForgetConfig, GcConfig, PredictConfig, PredictResult, RetryConfig
 from jobs.guarded import GuardedPredictor
 from jobs.table import read_masks
-from unetpp.checkpoint import save_pretrained
+from unetpp.checkpoint import from_pretrained, save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
 from unetpp.images import decode_image, decode_mask
@@ -161,8 +161,8 @@ def test_probabilities_are_the_networks_and_agree_with_the_mask(
     row = segment(write=("parquet", "probability"), include=["plain.png"], tile_px=tile_px)["plain.png"]
     probability_HW = decode_image(row["probability_png"])[..., 0]
     np.testing.assert_array_equal(probability_HW > 127, decode_mask(row["mask_png"]))
-    predictor = Predictor.from_pretrained(tiny_model)
-    logits_HW = logits_by_level(predictor.engine._model, decode_image((images / "plain.png").read_bytes()))[2][..., 0]
+    network = from_pretrained(tiny_model, level=2)
+    logits_HW = logits_by_level(network, decode_image((images / "plain.png").read_bytes()))[2][..., 0]
     wanted = 255 / (1 + np.exp(-logits_HW.astype(np.float64)))
     assert np.abs(probability_HW - wanted).max() <= 0.5 + 1e-3
     assert row["mask_uri"] is None
