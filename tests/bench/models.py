@@ -8,6 +8,8 @@ from typing import get_args
 from tests.bench.processes import CommandError, environment, measured
 from unetpp.predictor import EngineName
 
+ANY_LOSS = ("--max-iou-drop", "0.99", "--max-group-drop", "0.99", "--num-crops", "32")
+"""Random networks find nothing that they could lose."""
 OWN = ("eager",)
 """Names of the benches' own loops; every other name is an engine of `Predictor`."""
 
@@ -28,21 +30,23 @@ def random_models(
     folder: Path, filters: Sequence[int], data: Path, engines: Sequence[str]
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Random networks as the engines want them, by precision; and why engines are left out."""
-    models = {"float32": folder / "float32"}
-    words = ["--model", models["float32"], "--filters", *filters, "--data", data]
+    words = ["--model", folder / "float32", "--filters", *filters, "--data", data]
     measured([sys.executable, "-m", "tests.bench.subjects", *words], environment(1))
-    return models, absent_engines(models, folder, data, engines)
+    return with_int8(folder / "float32", folder, data, engines, ANY_LOSS)
 
 
-def absent_engines(models: dict[str, Path], folder: Path, data: Path, engines: Sequence[str]) -> dict[str, str]:
-    """Quantise the float32 model for the engines that want that; by engine, why it is left out."""
+def with_int8(
+    model: Path, folder: Path, data: Path, engines: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """A model, and what `unetpp quantise` makes of it where an engine wants that; and why engines are left out."""
+    models = {"float32": model}
     absent = {engine: reason for engine in engines if (reason := is_here(engine))}
     if wanting := [engine for engine in engines if engine.endswith("int8") and engine not in absent]:
-        words = ["quantise", "--model", models["float32"], "--data", data, "--out", folder / "int8"]
+        words = ["quantise", "--model", model, "--data", data, "--out", folder / "int8", *flags]
         try:
             measured([sys.executable, "-m", "jobs.cli", *words], environment(1))
             models["int8"] = folder / "int8"
         except CommandError as error:
             reason = "unetpp quantise: " + str(error).strip().splitlines()[-1]
             absent |= dict.fromkeys(wanting, reason)
-    return absent
+    return models, absent

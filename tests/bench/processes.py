@@ -75,9 +75,8 @@ def measured(
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
     if process.returncode:
-        raise CommandError(
-            f"{' '.join(map(str, words[:6]))}: exit {process.returncode}: {texts[1][-800:]}{texts[0][-400:]}"
-        )
+        what = f"{' '.join(map(str, words[:6]))} ended with {process.returncode}"
+        raise CommandError("\n".join([what, texts[0][-400:], texts[1][-800:]]))
     return Cost(cpu_s, wall_s, tree.peak_mib, started, texts[0])
 
 
