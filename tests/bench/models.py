@@ -38,9 +38,14 @@ def random_models(
 def with_int8(
     model: Path, folder: Path, data: Path, engines: Sequence[str], flags: Sequence[str] = ()
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """A model, and what `unetpp quantise` makes of it where an engine wants that; and why engines are left out."""
-    models = {"float32": model}
+    """A model, and what `unetpp quantise` makes of it where an engine wants that; and why engines are left out.
+
+    A model that has its int8 form is taken as it is.
+    """
+    models = {"float32": model, "int8": model}
     absent = {engine: reason for engine in engines if (reason := is_here(engine))}
+    if (model / "int8.xml").exists():
+        return models, absent
     if wanting := [engine for engine in engines if engine.endswith("int8") and engine not in absent]:
         words = ["quantise", "--model", model, "--data", data, "--out", folder / "int8", *flags]
         try:

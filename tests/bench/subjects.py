@@ -81,6 +81,8 @@ def eager(model_dir: Path, level: Level) -> Callable[[Picture], Picture]:
     @torch.no_grad()
     def mask_of(image_HWC: Picture) -> Picture:
         x_BCHW = torch.from_numpy(image_HWC).permute(2, 0, 1).unsqueeze(0).float().contiguous() / 255
+        if (gamma := model.config.gamma) != 1:
+            x_BCHW = x_BCHW.pow(gamma)
         probability_BKHW = model(x_BCHW)[level].sigmoid()
         return (probability_BKHW[0, 0] > 0.5).to(torch.uint8).numpy()
 

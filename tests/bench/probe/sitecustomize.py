@@ -1,8 +1,8 @@
 """Notes when imports and functions begin and end, in every Python process whose PYTHONPATH has this folder.
 
 Python imports a module of this name when it starts. Notes are lines of JSON in the file that UNETPP_BENCH_NOTES names:
-process, span, begin and end as `time.time()`, and the process's CPU seconds meanwhile. Of a function the first call alone; names that are not there are
-left out, so that older revisions are watched by the same probe.
+process, span, begin and end as `time.time()`, and the process's CPU seconds meanwhile. Of a function the first call
+alone; names that are not there are left out, so that older revisions are watched by the same probe.
 """
 
 import functools
