@@ -146,6 +146,8 @@ def draw(rows: list[dict[str, Any]], others: dict[str, float], title: str) -> Fi
             peer, (cost, low), textcoords="offset points", xytext=(-3, 0), rotation=90, ha="right", fontsize=7
         )
     _style(axes, title)
+    figure.legend(fontsize=8, loc="outside right upper")
+    axes.set_xlabel("CPU seconds per megapixel, one thread" + ("; dashed: others, by cost alone" if others else ""))
     return figure
 
 
@@ -155,11 +157,10 @@ def _style(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("CPU seconds per megapixel, one thread; dashed: other tools by their cost alone", fontsize=9)
     axes.set_ylabel("mean IoU over images", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.margins(y=0.08)
 
 
 def main() -> None:
