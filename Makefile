@@ -4,10 +4,11 @@
 # make faults  the tests that break things on purpose: stores, processes, images, disks; tests/FAULTS.md has the list
 # make nights  the tests of whole nights on real servers: Prefect, a Ray cluster, an S3 store, all of them here
 # make cluster, make cluster-down   those servers, to try; what they store is under cluster/
+# make bench DATA=<dsb2018> MODEL=<trained model>   every number of the README's section Measured, anew; hours, alone
 # make check   format, lint, types and import contracts
 # Each does its own set-up, on a machine with Python 3.11 or later and make.
 
-.PHONY: setup demo test faults nights cluster cluster-down check format constraints clean
+.PHONY: setup demo test faults nights cluster cluster-down bench bench-peers check format constraints clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -55,6 +56,31 @@ cluster: $(STAMP)
 
 cluster-down: $(STAMP)
 	@$(BIN)/python -m infra.cluster down
+
+# What others make of the same folder, in an environment beside ours: theirs wants a torch that is not ours.
+PEERS := .venv-peers
+RESULTS := tests/bench/results
+BENCH = $(BIN)/python -m tests.bench
+
+bench: $(STAMP) bench-peers
+	@test -n "$(DATA)" && test -n "$(MODEL)" || \
+		{ echo "Say DATA=<labelled set> and MODEL=<model folder that infra/recipes/nuclei_cpu.yaml trained>" >&2; exit 1; }
+	@$(BENCH).engines --data $(DATA) --out $(RESULTS)/engines.json
+	@$(BENCH).peers --data $(DATA) --peers $(PEERS) --out $(RESULTS)/peers.json
+	@$(BENCH).cost --data $(DATA) --out $(RESULTS)/cost.json
+	@$(BENCH).startup --data $(DATA) --against 48b6fc1 --out $(RESULTS)/startup.json
+	@$(BENCH).frontier --data $(DATA) --model $(MODEL) --peers $(RESULTS)/peers.json --out $(RESULTS)/frontier.json
+	@$(BENCH).tables $(RESULTS)
+
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: tests/bench/peers-requirements.txt | $(STAMP)
+	@echo "Installing into $(PEERS)"
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .
