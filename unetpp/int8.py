@@ -1,0 +1,60 @@
+"""The int8 form of a network beside its weights: int8.xml and int8.bin, a graph as OpenVINO stores it.
+
+`unetpp.quantise` makes it; reading it needs nothing but OpenVINO. Imports no torch.
+"""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+import openvino as ov
+
+from unetpp.card import Quantised
+from unetpp.config import Level
+from unetpp.errors import ConfigError, ModelError
+
+XML, BIN = "int8.xml", "int8.bin"
+
+
+def save_int8(network: ov.Model, model_dir: Path) -> str:
+    """Write a network into a model folder; its `int8_sha256`."""
+    ov.save_model(network, model_dir / XML, compress_to_fp16=False)
+    return int8_sha256(model_dir)
+
+
+def int8_sha256(model_dir: Path) -> str:
+    """SHA-256 (hex) of the int8 form's bytes. ModelError where a file of it is missing."""
+    sha = hashlib.sha256()
+    for name in (XML, BIN):
+        try:
+            sha.update((model_dir / name).read_bytes())
+        except FileNotFoundError:
+            raise ModelError(f"{model_dir / name} is missing; {_again(model_dir)}") from None
+    return sha.hexdigest()
+
+
+def read_int8(model_dir: Path, quantised: Quantised | None, weights: str, heads: Collection[Level]) -> ov.Model:
+    """The int8 network of a model folder: x_BCHW -> `head<level>` for each level it has.
+
+    `quantised` is what the folder's config says of it, `weights` the digest of the folder's model. ModelError where
+    there is none, where it is damaged, or of other weights; ConfigError where it lacks one of `heads`.
+    """
+    if quantised is None:
+        raise ModelError(f"{model_dir} has no int8 form; {_again(model_dir)}, or take engine openvino")
+    if quantised.weights_digest != weights:
+        raise ModelError(
+            f"the int8 form in {model_dir} was made of model {quantised.weights_digest[:10]}, the folder holds "
+            f"{weights[:10]}; {_again(model_dir)}"
+        )
+    if int8_sha256(model_dir) != quantised.sha256:
+        raise ModelError(f"{XML} and {BIN} in {model_dir} are not what its config.json names; {_again(model_dir)}")
+    if lacking := sorted(set(heads) - set(quantised.levels)):
+        raise ConfigError(
+            f"the int8 form in {model_dir} has heads at levels {list(quantised.levels)}, wanted {lacking}; quantise "
+            "the whole model (without --level), or take one of its levels in mode fast"
+        )
+    return ov.Core().read_model(model_dir / XML)
+
+
+def _again(model_dir: Path) -> str:
+    return f"make it: unetpp quantise --model {model_dir} --data <labelled set>"
