@@ -11,6 +11,8 @@ from jobs.manifest import Shard
 from jobs.progress import Drain, draining
 from jobs.shard import Task, Worker
 from jobs.sink import Footer
+from unetpp.devices import has_gpu
+from unetpp.engine_names import resolved
 from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
 from unetpp.predictor import Predictor
 
@@ -24,6 +26,20 @@ logger = logging.getLogger(__name__)
 _STOPS: dict[str, type[UnetppError]] = {
     kind.__name__: kind for kind in (AbandonedError, ConfigError, ModelError, StorageError)
 }
+
+
+def with_engine(config: PredictConfig) -> PredictConfig:
+    """The config with the engine that `auto` means where the work is done, the same for the whole run."""
+    if config.engine != "auto":
+        return config
+    if config.backend == "ray" and is_cluster():
+        with local_ray(1):
+            import ray
+
+            on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    else:
+        on_gpu = has_gpu()
+    return config.model_copy(update={"engine": resolved("auto", on_gpu=on_gpu)})
 
 
 def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Drain) -> Generator[Footer]:

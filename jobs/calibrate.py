@@ -14,8 +14,8 @@ from unetpp.calibrate import (
 )
 from unetpp.checkpoint import Calibration
 from unetpp.errors import ConfigError
+from unetpp.measuring import logits_by_level
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import logits_by_level
 
 MAX_LOGITS = 1_000_000
 """Values that a temperature is fitted on, classes counted one by one: one number does not need more."""

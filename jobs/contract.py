@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unetpp.card import MIN_GUARDED_IMAGES, UNSTATED, Int8Output, LevelChoice
 from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
+from unetpp.engine_names import EngineChoice, EngineName
 from unetpp.errors import ImageErrorCode
 
 
@@ -270,6 +271,7 @@ class EvaluateResult(Frozen):
     split: str | None
     seed: int
     tile_px: int
+    engine: EngineName = Field(description="whose seconds the reports state")
     reports: tuple[LevelReport, ...]
     image_ids: tuple[str, ...]
     image_iou: dict[str, tuple[float, ...]] = Field(
@@ -460,8 +462,9 @@ class PredictOptions(Frozen):
     single_writer: bool = Field(
         False, description="accept a store that cannot refuse overwrites; never start two runs on it at once"
     )
-    engine: Literal["auto", "torch", "openvino", "openvino-int8"] = Field(
-        "auto", description="what computes the masks; auto: torch; openvino: on CPU; openvino-int8: see quantise"
+    engine: EngineChoice = Field(
+        "auto",
+        description="what computes the masks: see unetpp/engines.py; auto: compiled on a GPU, else openvino",
     )
 
     @property
@@ -520,6 +523,7 @@ class PredictConfig(PredictOptions):
             "num_workers",
             "node_labels",
             "threads",
+            "engine",  # but for its precision, which is part of the model's digest
             "decode_seconds",
             "decode_memory_mb",
             "max_failed_share",

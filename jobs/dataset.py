@@ -24,9 +24,9 @@ from jobs.labelled import LabelledSet, Sample, find_set
 from jobs.samples import Encoded, list_samples, readers
 from unetpp.augment import Foreground, augment, random_view
 from unetpp.config import ModelConfig
-from unetpp.engines import scale
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
+from unetpp.torch_engine import scale
 
 NUM_READERS = 8
 MEMORY_SHARE = 0.25

@@ -23,13 +23,25 @@ from jobs.labelled import Sample
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged
-from unetpp.checkpoint import GroupScore, LevelScore, digest, from_pretrained, read_pretrained, save_pretrained
-from unetpp.engines import MIRRORS, TorchEngine, keep_freed_memory
+from unetpp.checkpoint import (
+    GroupScore,
+    LevelScore,
+    arrays_of,
+    digest,
+    from_pretrained,
+    read_pretrained,
+    save_pretrained,
+)
+from unetpp.devices import has_gpu
+from unetpp.engine_names import EngineName, resolved
+from unetpp.engines import MIRRORS, Engine, Mode
 from unetpp.errors import ConfigError
+from unetpp.measuring import masks_by_level
 from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
 from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
-from unetpp.predictor import masks_by_level, refuse_single_head
+from unetpp.predictor import load_engine, refuse_single_head
 from unetpp.prune import prune
+from unetpp.torch_engine import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +70,9 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     column = _group_column(samples, config)
     logger.info("evaluating %d images of %s", len(samples), config.data)
     counts = measure_quality(model, samples, config.tile_px, flips=config.flips)
-    seconds = measure_seconds(model, list(counts))
+    on_gpu = has_gpu()
+    engine = resolved("auto", on_gpu=on_gpu)
+    seconds = measure_seconds(model, list(counts), engine, "cuda" if on_gpu else "cpu", config.threads)
     result = EvaluateResult(
         model_uri=config.model,
         digest=digest(model),
@@ -67,6 +81,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         split=config.split,
         seed=config.seed,
         tile_px=config.tile_px,
+        engine=engine,
         reports=tuple(
             LevelReport(
                 name=name,
@@ -91,7 +106,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
 def measure_quality(
     model: UNetPlusPlus, samples: Sequence[Sample], tile_px: int, *, flips: bool = False
 ) -> dict[str, list[Counts]]:
-    """Confusion counts of every image in order, by output name: see `unetpp.predictor.masks_by_level`."""
+    """Confusion counts of every image in order, by output name: see `unetpp.measuring.masks_by_level`."""
     counts: dict[str, list[Counts]] = {}
     for start in range(0, len(samples), CHUNK_IMAGES):
         for image in load(samples[start : start + CHUNK_IMAGES], model.config):
@@ -112,23 +127,26 @@ def gmacs_per_megapixel(model: UNetPlusPlus, name: str) -> float:
     return num_passes * count_gmacs(output_network(model, name).config, 1024, 1024)
 
 
-def measure_seconds(model: UNetPlusPlus, names: Sequence[str]) -> dict[str, float]:
-    """Median seconds for a megapixel (10**6) of the named outputs with the torch engine here, interleaved."""
-    device = str(next(model.parameters()).device)
-    engines = {
-        name: TorchEngine(model, "accurate", device, flips=name == ACCURATE_FLIPS)
-        if name in (ACCURATE, ACCURATE_FLIPS)
-        else TorchEngine(output_network(model, name), "fast", device)
-        for name in names
-    }
+def measure_seconds(
+    model: UNetPlusPlus, names: Sequence[str], engine: EngineName, device: str, threads: int | None
+) -> dict[str, float]:
+    """Median seconds for a megapixel (10**6) of the named outputs with an engine here, interleaved."""
+
+    def engine_of(name: str) -> Engine:
+        network = output_network(model, name)
+        mode: Mode = "accurate" if name in (ACCURATE, ACCURATE_FLIPS) else "fast"
+        flips = name == ACCURATE_FLIPS
+        return load_engine(engine, network.config, arrays_of(network), mode, device, threads=threads, flips=flips)
+
+    engines = {name: engine_of(name) for name in names}
     rng = np.random.default_rng(0)
     tile = rng.integers(0, 256, (1, COST_TILE_PX, COST_TILE_PX, model.config.in_channels), np.uint8)
     whole = (slice(None), slice(None))
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(1 + COST_ROUNDS):  # the first round warms up
-        for name, engine in engines.items():
+        for name, compute in engines.items():
             started = time.perf_counter()
-            engine(tile, whole)
+            compute(tile, whole)
             seconds[name].append((time.perf_counter() - started) / (tile[..., 0].size / 1e6))
     return {name: float(np.median(times[1:])) for name, times in seconds.items()}
 

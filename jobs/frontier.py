@@ -40,7 +40,7 @@ def frontier_png(reports: Sequence[LevelReport], choice: Choice | None = None) -
         axes.axis("off")
     if choice is not None:
         _mark(grid[0], reports, choice)
-    figure.supxlabel("seconds per megapixel, torch engine, the machine that measured", fontsize=9)
+    figure.supxlabel("seconds per megapixel on the machine that measured", fontsize=9)
     figure.supylabel("mean IoU over images, 95 % interval", fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png")

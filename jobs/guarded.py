@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from jobs.contract import WALL_FACTOR, PredictConfig
 from jobs.ranged import Ranged
 from unetpp.config import Bands, Level, Pages
+from unetpp.engine_names import EngineChoice
 from unetpp.engines import Mode
 from unetpp.errors import ImageError, ImageErrorCode
 from unetpp.images import Decoded
@@ -284,11 +285,12 @@ class GuardedPredictor:
         tile_px: int,
         seconds: float = PREDICT_SECONDS,
         *,
+        engine: EngineChoice = "auto",
         flips: bool = False,
         probability: bool = False,
     ) -> None:
         work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
-        work |= {"flips": flips, "probability": probability}
+        work |= {"engine": engine, "device": "cpu", "threads": 1, "flips": flips, "probability": probability}
         self.batch_images = 1
         self._child = Child(work, Limits(seconds))
 

@@ -72,7 +72,7 @@ class _Call:
 
     def work(self) -> PredictResult:
         """Resume what is unfinished, then open one run of what is new."""
-        config = self._config
+        config = self._config = backends.with_engine(self._config)
         output_uri = storage.canonical(config.output)
         sources = resolve(config.input, output_uri)
         predictor = load_predictor(models.canonical(config.model), config, config.threads)

@@ -23,7 +23,7 @@ from jobs.runs import Archive, RunRecord
 from jobs.sink import Footer
 from jobs.sources import columns_of, limits_of
 from jobs.table import Part
-from unetpp.checkpoint import LevelScore, read_pretrained
+from unetpp.card import LevelScore, read_pretrained
 from unetpp.config import Bands
 from unetpp.errors import ImageError, UnetppError
 from unetpp.images import decode_mask

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from jobs import hints, manifest, sink, storage, windows
@@ -32,7 +31,7 @@ from jobs.watchdog import Watch, watching
 from unetpp.config import ModelConfig
 from unetpp.errors import ImageError, ModelError, StorageError, UnetppError
 from unetpp.images import decode_mask, encode_image, encode_mask
-from unetpp.predictor import EngineName, Image, Prediction, Predictor
+from unetpp.predictor import Image, Prediction, Predictor
 from unetpp.tiles import Box
 
 logger = logging.getLogger(__name__)
@@ -328,6 +327,7 @@ class Worker:
             config.mode,
             config.tile_px,
             seconds or PREDICT_SECONDS,
+            engine=config.engine,
             flips=config.flips,
             probability="probability" in config.write,
         ) as predictor:
@@ -346,16 +346,12 @@ class Worker:
 
 def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:
     """Fetch and load the model on the best device here. ModelError, ConfigError, StorageError as they come."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    engine: EngineName = "torch" if config.engine == "auto" else config.engine
     return Predictor.from_pretrained(
         fetch_model(model_uri),
         mode=config.mode,
         level=config.level,
-        engine=engine,
+        engine=config.engine,
         tile_px=config.tile_px,
-        device="cuda" if engine == "torch" and torch.cuda.is_available() else "cpu",
         threads=threads,
         flips=config.flips,
         bands=config.bands,

@@ -22,11 +22,11 @@ from jobs.stream import streamed_batches
 from jobs.train_records import Progress, write_records
 from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
-from unetpp.engines import keep_freed_memory
 from unetpp.errors import ConfigError
+from unetpp.measuring import masks_by_level
 from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import masks_by_level
+from unetpp.torch_engine import keep_freed_memory
 
 MAX_DIVERGED = 3
 """So often training goes back to the last checkpoint with half the learning rate, before it gives up."""

@@ -6,11 +6,15 @@ The card begins with the YAML front matter that model hubs read. Imports no torc
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from unetpp import packaged
 from unetpp.config import Frozen, Level, ModelConfig
+from unetpp.errors import ModelError
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 UNSTATED = "unstated"
 FEW_IMAGES = 10
 """A group of fewer images is named among the limits: its interval says how little is known, or cannot be made."""
@@ -147,6 +151,24 @@ class Pretrained(Frozen):
         """Names of the scores that this model can still give."""
         levels = tuple(f"L{level}" for level in self.model.head_levels)
         return (*levels, "accurate", "accurate+flips") if len(levels) > 1 else levels
+
+
+def read_pretrained(model_dir: Path | str) -> Pretrained:
+    """config.json of a model folder, or of a packaged model by its name.
+
+    ModelError where the folder or the file is absent or not valid.
+    """
+    path = packaged.resolve(model_dir) / CONFIG
+    try:
+        return Pretrained.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"there is no model at {model_dir}: wanted a folder with {CONFIG} and {WEIGHTS}") from None
+    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; wanted a folder with {CONFIG} and {WEIGHTS}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ModelError(f"{path} is not a model's config: {where}: {first['msg']}") from None
 
 
 def model_card(pretrained: Pretrained, num_parameters: int) -> str:

@@ -102,6 +102,17 @@ class ModelConfig(Frozen):
         return tuple(range(1, self.level + 1)) if self.deep_supervision else (self.level,)
 
     @property
+    def nodes(self) -> tuple[tuple[int, int], ...]:
+        """(i, j) of every node X^{i,j}, i + j <= level, in the order in which they are computed."""
+        return tuple((depth - j, j) for depth in range(self.level + 1) for j in range(depth + 1))
+
+    def node_channels(self, i: int, j: int) -> int:
+        """Channels that node X^{i,j} reads: the skips before it and what is upsampled from below."""
+        if j == 0:
+            return self.in_channels if i == 0 else self.filters[i - 1]
+        return j * self.filters[i] + self.filters[i if self.upsample == "deconv" else i + 1]
+
+    @property
     def stride(self) -> int:
         """Pixels that one pixel of the deepest node stands for: 2**level."""
         return 2**self.level

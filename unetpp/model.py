@@ -19,14 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
+from unetpp.weights import node_name
 
 Grid = dict[tuple[int, int], Tensor]
 """Computed nodes: (i, j) -> X^{i,j} of shape B, filters[i], H / 2**i, W / 2**i."""
-
-
-def node_name(i: int, j: int) -> str:
-    """The name under which X^{i,j} and its upsampler are stored in a state dict."""
-    return f"x{i}{j}"
 
 
 class Node(nn.Sequential):
@@ -63,16 +59,10 @@ class UNetPlusPlus(nn.Module):
         filters = config.filters
         self.nodes = nn.ModuleDict()
         self.ups = nn.ModuleDict()
-        for depth in range(config.level + 1):
-            for j in range(depth + 1):
-                i = depth - j
-                if j == 0:
-                    in_channels = config.in_channels if i == 0 else filters[i - 1]
-                else:
-                    lifted = filters[i] if config.upsample == "deconv" else filters[i + 1]
-                    in_channels = j * filters[i] + lifted
-                    self.ups[node_name(i, j)] = _upsampler(filters[i + 1], filters[i], config.upsample)
-                self.nodes[node_name(i, j)] = Node(in_channels, filters[i], config.norm)
+        for i, j in config.nodes:
+            if j > 0:
+                self.ups[node_name(i, j)] = _upsampler(filters[i + 1], filters[i], config.upsample)
+            self.nodes[node_name(i, j)] = Node(config.node_channels(i, j), filters[i], config.norm)
         self.heads = nn.ModuleDict(
             {str(level): nn.Conv2d(filters[0], config.num_classes, 1) for level in config.head_levels}
         )

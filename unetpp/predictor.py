@@ -3,40 +3,25 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from unetpp import tiles
-from unetpp.checkpoint import digest, from_pretrained
+from unetpp import packaged, tiles, weights
+from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
-from unetpp.engines import (
-    Engine,
-    Mode,
-    Pixels,
-    TileStats,
-    TorchEngine,
-    decide,
-    mean_of,
-    mirrored_heads,
-    probabilities,
-    scale,
-)
+from unetpp.devices import has_gpu
+from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, resolved
+from unetpp.engines import Engine, Mode, Pixels, TileStats
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
-from unetpp.model import UNetPlusPlus
-from unetpp.prune import prune
 from unetpp.tiles import Box
+from unetpp.weights import Weights
 
 MIN_TILE_PX = 64
 """Smaller tiles would be nearly all halo. A multiple of every pad_multiple."""
 
-EngineName = Literal["torch", "openvino"]
-"""openvino: CPU only."""
-Name = TypeVar("Name", str, int)
 Image = Pixels
 """HW or HWC: uint8, uint16 or float32."""
 
@@ -75,9 +60,9 @@ class Predictor:
         model_dir: Path | str,
         mode: Mode = "fast",
         level: Level | None = None,
-        engine: EngineName = "torch",
+        engine: EngineChoice = "auto",
         tile_px: int = 512,
-        device: str = "cpu",
+        device: str | None = None,
         *,
         threads: int | None = None,
         flips: bool = False,
@@ -88,25 +73,38 @@ class Predictor:
 
         With `flips`, accurate mode also averages over the mirror images of what it sees. `bands` are other channels of
         the files than the model names: they do not change what is done with an image, but whose masks these are. With
-        `probability`, predictions have `probability_HW`. `threads` are the openvino engine's; None: every core.
+        `probability`, predictions have `probability_HW`. `engine`: see `unetpp.engines`. `device`: a name of torch;
+        None: the GPU where there is one and the engine can use it. `threads` compute on CPU; None: every core.
 
         ModelError for a folder that is no model; ConfigError for a level without a head, accurate mode with one head,
-        flips in fast mode, as many bands as the network cannot read.
+        flips in fast mode, as many bands as the network cannot read, an engine of CPUs on another device.
         """
         if flips and mode != "accurate":
             raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
-        model = from_pretrained(model_dir, level, keep_heads=mode == "accurate")
-        if bands is not None:
-            model.config = _with_bands(model.config, bands)
-        config = model.config
-        if mode == "accurate":
-            refuse_single_head(config)
-        if mode == "fast" and len(config.head_levels) > 1:
-            model = prune(model, config.level)
+        on_gpu = has_gpu() if device is None else device != "cpu"
+        name = resolved(engine, on_gpu=on_gpu)
+        if name in ON_CPU_ONLY and device not in (None, "cpu"):
+            raise ConfigError(f"engine {name} computes on CPU, the device is {device}; take engine torch")
+        folder = packaged.resolve(model_dir)
+        full = read_pretrained(folder).model
+        stored = weights.read_weights(folder, full)
+        config = _pruned(full if bands is None else _with_bands(full, bands), mode, level)
+        arrays = weights.picked(stored, config)
         return cls(
-            _engine(engine, model, mode, device, threads, flips, probability),
-            model.config,
-            digest=digest(model, mode=mode, precision="f32", **({"flips": "mean"} if flips else {})),
+            load_engine(
+                name,
+                config,
+                arrays,
+                mode,
+                device or ("cuda" if on_gpu else "cpu"),
+                threads=threads,
+                flips=flips,
+                probability=probability,
+            ),
+            config,
+            digest=weights.digest(
+                config, arrays, mode=mode, precision=PRECISION[name], **({"flips": "mean"} if flips else {})
+            ),
             tile_px=tile_px,
         )
 
@@ -148,12 +146,8 @@ class Predictor:
         while True:
             try:
                 return self._predict(images, kept or [None] * len(images), batch_tiles, tile_px, degraded)
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-            # Outside of the except block nothing holds on to the failed forward's tensors.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            except MemoryError:
+                pass
             if batch_tiles > 1:
                 batch_tiles //= 2
                 degraded = f"batch {batch_tiles}"
@@ -171,8 +165,10 @@ class Predictor:
         tile_px: int,
         degraded: str | None,
     ) -> list[Prediction]:
-        padded = [_prepare(image, self.config) for image in images]
-        plans = [_plan(image.shape[:2], self.config, tile_px, part) for image, part in zip(images, kept, strict=True)]
+        padded = [prepare(image, self.config) for image in images]
+        plans = [
+            tile_plan(image.shape[:2], self.config, tile_px, part) for image, part in zip(images, kept, strict=True)
+        ]
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
         stats: list[dict[int, tuple[TileStats, int]]] = [{} for _ in plans]
         for members in _batches(padded, plans, batch_tiles):
@@ -205,11 +201,6 @@ def _batches(
     yield from alike.values()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """The GPU's error has a type; the CPU allocator's is a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def _prediction(
     plan: tiles.TilePlan,
     cores: list[NDArray[np.uint8] | None],
@@ -228,16 +219,43 @@ def _prediction(
     )
 
 
-def _engine(
-    name: EngineName, model: UNetPlusPlus, mode: Mode, device: str, threads: int | None, flips: bool, probability: bool
+def load_engine(
+    name: EngineName,
+    config: ModelConfig,
+    arrays: Weights,
+    mode: Mode,
+    device: str = "cpu",
+    *,
+    threads: int | None = None,
+    flips: bool = False,
+    probability: bool = False,
 ) -> Engine:
-    if name == "torch":
-        return TorchEngine(model, mode, device, flips=flips, probability=probability)
-    if device != "cpu":
-        raise ConfigError(f"engine openvino computes on CPU, the device is {device}; take engine torch")
-    from unetpp.openvino_engine import OpenVINOEngine
+    """An engine by its name, of a network of these weights. Loads no other library than the engine's."""
+    how: Any = {"threads": threads, "flips": flips, "probability": probability}
+    if name == "openvino":
+        from unetpp.openvino_engine import OpenVINOEngine
+        from unetpp.openvino_graph import network
 
-    return OpenVINOEngine(model, mode, threads=threads, flips=flips, probability=probability)
+        return OpenVINOEngine(network(config, arrays), config, mode, **how)
+    from unetpp.checkpoint import model_of
+
+    model = model_of(config, arrays)
+    if name == "compiled":
+        from unetpp.compiled_engine import CompiledEngine
+
+        return CompiledEngine(model, mode, device, **how)
+    from unetpp.torch_engine import ReferenceEngine, TorchEngine
+
+    return (TorchEngine if name == "torch" else ReferenceEngine)(model, mode, device, **how)
+
+
+def _pruned(config: ModelConfig, mode: Mode, level: Level | None) -> ModelConfig:
+    """The config of what a mode computes of a network. ConfigError where it has not the heads for it."""
+    if mode == "fast":
+        return weights.pruned(config, level or config.level)
+    config = config if level is None else weights.pruned(config, level, keep_heads=True)
+    refuse_single_head(config)
+    return config
 
 
 def _with_bands(config: ModelConfig, bands: Bands) -> ModelConfig:
@@ -258,69 +276,13 @@ def refuse_single_head(config: ModelConfig) -> None:
         )
 
 
-def masks_by_level(
-    model: UNetPlusPlus, image: Image, *, tile_px: int = 512, flips: bool = False
-) -> dict[str, NDArray[np.uint8]]:
-    """The masks of every head (`L1`..`L4`) and, with several heads, of accurate mode, in one pass over `image`.
-
-    With `flips` also `accurate+flips`, in three passes more. For measuring: one forward serves all levels. The model is
-    used as it is, on its own device.
-    """
-
-    def masks_of(x_1CHW: Tensor, core: tuple[slice, slice]) -> dict[str, Pixels]:
-        means: list[Tensor] = []
-        outputs: dict[str, Tensor] = {}
-        for logits in mirrored_heads(model, x_1CHW, core, flips=flips):
-            heads = probabilities(logits, model.config)
-            means.append(mean_of(heads.values()))
-            outputs = outputs or {f"L{level}": head for level, head in heads.items()}  # of the image as it is
-        if len(outputs) > 1:
-            outputs["accurate"] = means[0]
-        if flips:
-            outputs["accurate+flips"] = mean_of(means)
-        return {name: decide(probability)[0][0].cpu().numpy() for name, probability in outputs.items()}
-
-    stitched = _stitched(model, image, tile_px, masks_of)
-    return {name: mask_HW.astype(np.uint8, copy=False) for name, mask_HW in stitched.items()}
-
-
-def logits_by_level(model: UNetPlusPlus, image: Image, *, tile_px: int = 512) -> dict[int, NDArray[np.float32]]:
-    """logits_HWK of every head, not divided by any temperature. The model is used as it is, on its own device."""
-
-    def logits_of(x_1CHW: Tensor, core: tuple[slice, slice]) -> dict[int, Pixels]:
-        (logits,) = mirrored_heads(model, x_1CHW, core, flips=False)
-        return {level: head[0].permute(1, 2, 0).cpu().numpy() for level, head in logits.items()}
-
-    stitched = _stitched(model, image, tile_px, logits_of)
-    return {level: logits_HWK.astype(np.float32, copy=False) for level, logits_HWK in stitched.items()}
-
-
-@torch.inference_mode()
-def _stitched(
-    model: UNetPlusPlus,
-    image: Image,
-    tile_px: int,
-    outputs_of: Callable[[Tensor, tuple[slice, slice]], dict[Name, Pixels]],
-) -> dict[Name, Pixels]:
-    """What a function makes of a tile's x_1CHW and core, stitched to the image's size, output by output."""
-    device = next(model.parameters()).device
-    padded_HWC = _prepare(image, model.config)
-    plan = _plan(image.shape[:2], model.config, tile_px)
-    cores: dict[Name, list[Pixels]] = {}
-    for tile in plan.tiles:
-        tile_1HWC = torch.from_numpy(np.array(tiles.cut(padded_HWC, tile))[None]).to(device)
-        for name, core in outputs_of(scale(tile_1HWC, model.config), tile.core_slices).items():
-            cores.setdefault(name, []).append(core)
-    return {name: tiles.stitch(plan, output_cores) for name, output_cores in cores.items()}
-
-
-def _prepare(image: Image, config: ModelConfig) -> Image:
+def prepare(image: Image, config: ModelConfig) -> Image:
     """HW or HWC -> HWC with the model's channels, padded."""
     image_HWC = image[..., None] if image.ndim == 2 else image
     return tiles.pad(to_channels(image_HWC, config.in_channels), config.pad_multiple)
 
 
-def _plan(size: tuple[int, int], config: ModelConfig, tile_px: int, kept: Box | None = None) -> tiles.TilePlan:
+def tile_plan(size: tuple[int, int], config: ModelConfig, tile_px: int, kept: Box | None = None) -> tiles.TilePlan:
     height, width = size
     return tiles.plan_tiles(
         height,

@@ -36,17 +36,17 @@ import importlib.abc, importlib.machinery, os, sys, time
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "unetpp.engines":
+        if name != "unetpp.openvino_engine":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
         def exec_module(module):
             run(module)
-            forward = module.TorchEngine.__call__
+            forward = module.OpenVINOEngine.__call__
             def rested(self, tiles_BHWC, core):
                 time.sleep(float(os.environ["REST_S"]))
                 return forward(self, tiles_BHWC, core)
-            module.TorchEngine.__call__ = rested
+            module.OpenVINOEngine.__call__ = rested
         spec.loader.exec_module = exec_module
         return spec
 

@@ -23,7 +23,7 @@ from jobs.training import first_network
 from tests.bench.against_unet import mean_with_interval, quality, train
 from tests.bench.setting import setting
 from unetpp.checkpoint import from_pretrained
-from unetpp.engines import keep_freed_memory
+from unetpp.torch_engine import keep_freed_memory
 
 VARIANTS: dict[str, tuple[float, list[str]]] = {
     "joint, equal weights": (1, []),

@@ -26,18 +26,18 @@ import importlib.abc, importlib.machinery, os, signal, sys, time
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "unetpp.engines":
+        if name != "unetpp.openvino_engine":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
         def exec_module(module):
             run(module)
-            forward = module.TorchEngine.__call__
+            forward = module.OpenVINOEngine.__call__
             def poisoned(self, tiles_BHWC, core):
                 if {condition}:
                     {deed}
                 return forward(self, tiles_BHWC, core)
-            module.TorchEngine.__call__ = poisoned
+            module.OpenVINOEngine.__call__ = poisoned
         spec.loader.exec_module = exec_module
         return spec
 

@@ -11,8 +11,8 @@ from jobs.synth import run as synthesise
 from unetpp.calibrate import fit_temperature, negative_log_likelihood
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
+from unetpp.measuring import logits_by_level, masks_by_level
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import logits_by_level, masks_by_level
 
 CONFIG = ModelConfig(level=2, filters=(4, 6, 8))
 

@@ -17,11 +17,12 @@ from jobs.guarded import GuardedPredictor
 from jobs.table import read_masks
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
-from unetpp.engines import eight_bits
 from unetpp.errors import ConfigError
 from unetpp.images import decode_image, decode_mask
+from unetpp.measuring import logits_by_level
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import Predictor, logits_by_level
+from unetpp.predictor import Predictor
+from unetpp.torch_engine import eight_bits
 
 STACK = np.random.default_rng(1).integers(0, 256, (4, 40, 56), np.uint8)
 

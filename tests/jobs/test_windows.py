@@ -23,11 +23,11 @@ from jobs.table import newest_view, read_masks
 from tests.faults.proxy import FaultProxy
 from unetpp.checkpoint import from_pretrained, save_pretrained
 from unetpp.config import ModelConfig
-from unetpp.engines import scale
 from unetpp.errors import ConfigError
 from unetpp.images import decode_image, to_channels
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor
+from unetpp.torch_engine import scale
 
 HEIGHT, WIDTH = 301, 397
 LIMITS = Limits(30.0, 1 << 30)

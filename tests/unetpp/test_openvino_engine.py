@@ -8,11 +8,11 @@ import torch
 
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
-from unetpp.engines import TorchEngine
 from unetpp.errors import ConfigError
 from unetpp.model import UNetPlusPlus
 from unetpp.openvino_engine import OpenVINOEngine
 from unetpp.predictor import Predictor
+from unetpp.torch_engine import TorchEngine
 
 CORE = (slice(8, 60), slice(0, 90))
 KINDS: list[dict[str, Any]] = [

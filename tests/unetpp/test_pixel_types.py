@@ -19,12 +19,12 @@ from PIL import Image
 
 from unetpp.checkpoint import digest
 from unetpp.config import ModelConfig, ValueRange
-from unetpp.engines import TorchEngine
 from unetpp.errors import ConfigError, ImageError
 from unetpp.geo import tiff_tags
 from unetpp.images import decode_image, image_size, read_image
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor
+from unetpp.torch_engine import TorchEngine
 
 Array = npt.NDArray[Any]
 

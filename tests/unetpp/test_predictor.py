@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from unetpp.calibrate import with_temperature
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig, ValueRange
-from unetpp.engines import Engine, TorchEngine, fold_batch_norm, scale
+from unetpp.engines import Engine
 from unetpp.errors import ConfigError, ImageError
+from unetpp.measuring import logits_by_level, masks_by_level
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import Predictor, logits_by_level, masks_by_level
+from unetpp.predictor import Predictor
 from unetpp.prune import prune
 from unetpp.tiles import cut, pad, plan_tiles, stitch
+from unetpp.torch_engine import TorchEngine, fold_batch_norm, scale
 
 NARROW = (4, 6, 8, 10, 12)
 LEVELS = (1, 2, 3, 4)

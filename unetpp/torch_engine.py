@@ -1,0 +1,206 @@
+"""Engines of torch, and the arithmetic between file values, logits and masks that they share with training."""
+
+import copy
+import ctypes
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from unetpp.config import ModelConfig
+from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, value_range
+from unetpp.model import Node, UNetPlusPlus
+
+GPU_BATCH_TILES = 16
+EVERYWHERE = (slice(None), slice(None))
+
+
+def scale(images_BHWC: Tensor, config: ModelConfig) -> Tensor:
+    """File values -> x_BCHW float32: the pixel type's `value_range` becomes 0..1, then `gamma` is applied.
+
+    Values outside of the range stay outside, except that a gamma other than 1 lifts negative ones to 0.
+    ConfigError on other pixel types.
+    """
+    low, high = value_range(config, str(images_BHWC.dtype).removeprefix("torch."))
+    x_BHWC = (images_BHWC.float() - low) / (high - low)
+    if config.gamma != 1.0:
+        x_BHWC = x_BHWC.clamp(min=0.0).pow(config.gamma)
+    # A permuted BHWC array is channels_last already, which is the layout the convolutions are fastest in.
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def mirrored_heads(
+    model: UNetPlusPlus, x_BCHW: Tensor, core: tuple[slice, slice], *, flips: bool
+) -> Iterator[dict[int, Tensor]]:
+    """Logits of every head over the core; with `flips`, of each of the four mirror images of x, turned back.
+
+    A tile's outer box begins and ends on the stride grid, and so does its mirror image's in the mirrored whole, whose
+    padding is then at its top or left: what tiles and wholes give agrees as it does without flips.
+    """
+    for axes in MIRRORS if flips else MIRRORS[:1]:
+        heads = model.heads_of(x_BCHW.flip(axes) if axes else x_BCHW)
+        yield {level: (head.flip(axes) if axes else head)[:, :, *core] for level, head in heads.items()}
+
+
+def probabilities(logits: Mapping[int, Tensor], config: ModelConfig) -> dict[int, Tensor]:
+    """Probabilities BKHW by level from each head's logits: sigmoid for one logit, softmax for several.
+
+    Logits are divided by their head's temperature (Guo et al. 2017, arXiv 1706.04599, section 4.2), which changes how
+    sure a head is and never the class that it prefers.
+    """
+    found = {}
+    for level, logits_BKHW in logits.items():
+        if (temperature := config.temperature.get(level, 1.0)) != 1.0:
+            logits_BKHW = logits_BKHW / temperature
+        found[level] = logits_BKHW.sigmoid() if config.num_classes == 1 else logits_BKHW.softmax(1)
+    return found
+
+
+def mean_of(probabilities_BKHW: Iterable[Tensor]) -> Tensor:
+    """Mean over several probabilities of one shape."""
+    return torch.stack(list(probabilities_BKHW)).mean(0)
+
+
+def decide(probability_BKHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities -> (class ids uint8 BHW, margin BHW in 0..1). One class: foreground above 1/2."""
+    if probability_BKHW.shape[1] == 1:
+        probability_BHW = probability_BKHW[:, 0]
+        return (probability_BHW > 0.5).to(torch.uint8), (2 * probability_BHW - 1).abs()
+    best_B2HW = probability_BKHW.topk(2, dim=1).values
+    # The indices of topk are arbitrary among equals; those of argmax are the first.
+    return probability_BKHW.argmax(1).to(torch.uint8), best_B2HW[:, 0] - best_B2HW[:, 1]
+
+
+def eight_bits(probability_BKHW: Tensor) -> Tensor:
+    """Probability of the foreground, which is all but class 0, as uint8 BHW: 0 .. 255, rounded, halves down.
+
+    So, with one class, foreground is exactly what is above 127.
+    """
+    one_class = probability_BKHW.shape[1] == 1
+    foreground_BHW = probability_BKHW[:, 0] if one_class else 1.0 - probability_BKHW[:, 0]
+    return (foreground_BHW * 255.0 - 0.5).ceil().clamp(0, 255).to(torch.uint8)
+
+
+class ReferenceEngine:
+    """Eager torch in float32, the network as it was trained. What the other engines are measured against.
+
+    fast: the deepest head. accurate: the mean probability of all heads (section 3.2 of the paper; probabilities, since
+    averaged logits give other masks); with `flips`, also over the tile's four mirror images, at four times the cost.
+    threads: of a forward on CPU; None: every core.
+    """
+
+    def __init__(
+        self,
+        model: UNetPlusPlus,
+        mode: Mode,
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        flips: bool = False,
+        probability: bool = False,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.config = model.config
+        self.mode = mode
+        self.flips = flips
+        self.probability = probability
+        self.device = torch.device(device)
+        self.batch_tiles = 1 if self.device.type == "cpu" else GPU_BATCH_TILES
+        self.model = self._prepared(model)
+
+    def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:
+        return copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
+
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+        """See `Engine`."""
+        try:
+            return self._masks(tiles_BHWC, core)
+        except RuntimeError as error:
+            # The GPU's error has a type; the CPU allocator's is a RuntimeError like any other.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # Outside of the except block nothing holds on to the failed forward's tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MemoryError(f"tiles of shape {tiles_BHWC.shape} on {self.device}")
+
+    @torch.inference_mode()
+    def _masks(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+        tiles = self._uploaded(np.ascontiguousarray(tiles_BHWC))
+        mask_BHW, margin_BHW, *eight_BHW = [each[:, *core] for each in self._decided(tiles)]
+        margins = margin_BHW.flatten(1).mean(1).tolist()
+        eights = list(eight_BHW[0].cpu().numpy()) if self.probability else [None] * len(margins)
+        stats = [TileStats(math.isfinite(margin), margin, eight) for margin, eight in zip(margins, eights, strict=True)]
+        return mask_BHW.cpu().numpy(), stats
+
+    def _uploaded(self, tiles_BHWC: Pixels) -> Tensor:
+        return torch.from_numpy(tiles_BHWC).to(self.device)
+
+    def _decided(self, tiles_BHWC: Tensor) -> list[Tensor]:
+        """mask_BHW, margin_BHW, NaN where a head is not finite, and with `probability` 8 bits of the foreground."""
+        seen, finite = [], []
+        for heads in mirrored_heads(self.model, self._scaled(tiles_BHWC), EVERYWHERE, flips=self.flips):
+            levels = self.config.head_levels if self.mode == "accurate" else (self.config.level,)
+            logits = {level: heads[level].float() for level in levels}
+            seen.append(mean_of(probabilities(logits, self.config).values()))
+            finite += [head.isfinite().all(1) for head in logits.values()]
+        probability_BKHW = mean_of(seen)
+        mask_BHW, margin_BHW = decide(probability_BKHW)
+        margin_BHW = margin_BHW.where(torch.stack(finite).all(0), torch.nan)
+        return [mask_BHW, margin_BHW, *([eight_bits(probability_BKHW)] if self.probability else [])]
+
+    def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
+        return scale(tiles_BHWC, self.config).contiguous()
+
+
+class TorchEngine(ReferenceEngine):
+    """Eager torch made right: conv-BN folded, channels_last, freed memory kept; float32."""
+
+    def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:
+        keep_freed_memory()
+        return fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
+        return scale(tiles_BHWC, self.config)
+
+
+def fold_batch_norm(model: UNetPlusPlus) -> UNetPlusPlus:
+    """A copy in eval mode with its BatchNorms folded into the convolutions before them; outputs agree to about 1e-7."""
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, node in folded.nodes.items():
+        assert isinstance(node, Node)
+        layers: list[nn.Module] = []
+        for layer in node:
+            if isinstance(layer, nn.BatchNorm2d):
+                convolution = layers.pop()
+                assert isinstance(convolution, nn.Conv2d)
+                layers.append(fuse_conv_bn_eval(convolution, layer))
+            else:
+                layers.append(layer)
+        folded.nodes[name] = nn.Sequential(*layers)
+    return folded
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed activations instead of returning them to the kernel after every forward.
+
+    Without it each forward faults its memory in again: 1.2 to 1.8 times the CPU time of eager torch. Takes full effect
+    when called in a process's main thread before it starts others; does nothing where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2
+    mallopt(arena_max, 1)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)
