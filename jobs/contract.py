@@ -326,21 +326,10 @@ class PruneResult(Frozen):
 # --------------------------------------------------------------------------------------------- quantise
 
 
-class QuantiseOptions(Frozen):
-    """How to quantise, and what that may cost: the part of `QuantiseConfig` that a flow's config holds."""
-
-    max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.002, description="mean IoU that int8 may lose against float32 over all images"
-    )
-    max_group_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.005, description=f"the same in every group of {MIN_GUARDED_IMAGES} images or more"
-    )
-    num_crops: Annotated[int, Field(ge=1)] = Field(200, description="crops that value ranges are measured on")
-    crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(128, description="side of such a crop")
-    seed: int = Field(0, description="of the crops")
+MAX_IOU_DROP = "mean IoU that int8 may lose against float32 over all images"
 
 
-class QuantiseConfig(QuantiseOptions):
+class QuantiseConfig(Frozen):
     """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32."""
 
     model: str = Field(description="model folder or URI")
@@ -353,7 +342,14 @@ class QuantiseConfig(QuantiseOptions):
     split: str | None = Field("val", description="rows of splits.csv to measure on")
     calibration_split: str | None = Field("train", description="rows of splits.csv to cut the crops from")
     group_by: str | None = Field(None, description="column of splits.csv to judge by; default: modality if there")
+    max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(0.002, description=MAX_IOU_DROP)
+    max_group_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.005, description=f"the same in every group of {MIN_GUARDED_IMAGES} images or more"
+    )
     refusal_ok: bool = Field(False, description="exit 0 although int8 lost too much: the result says so")
+    num_crops: Annotated[int, Field(ge=1)] = Field(200, description="crops that value ranges are measured on")
+    crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(128, description="side of such a crop")
+    seed: int = Field(0, description="of the crops")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")

@@ -104,7 +104,7 @@ class Int8Score(Frozen):
 class Int8Output(Int8Score):
     """Over all images, and by group."""
 
-    groups: dict[str, Int8Score] = {}
+    groups: dict[str, Int8Score] = Field({})
 
 
 class Quantised(Frozen):

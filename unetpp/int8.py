@@ -9,7 +9,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from unetpp.card import Quantised
+from unetpp.card import Pretrained
 from unetpp.config import Level
 from unetpp.errors import ConfigError, ModelError
 
@@ -23,7 +23,7 @@ def save_int8(network: ov.Model, model_dir: Path) -> str:
 
 
 def int8_sha256(model_dir: Path) -> str:
-    """SHA-256 (hex) of the int8 form's bytes. ModelError where a file of it is missing."""
+    """SHA-256 (hex) of the bytes of an int8 form. ModelError where a file of it is missing."""
     sha = hashlib.sha256()
     for name in (XML, BIN):
         try:
@@ -33,27 +33,30 @@ def int8_sha256(model_dir: Path) -> str:
     return sha.hexdigest()
 
 
-def read_int8(model_dir: Path, quantised: Quantised | None, weights: str, heads: Collection[Level]) -> ov.Model:
-    """The int8 network of a model folder: x_BCHW -> `head<level>` for each level it has.
+def read_int8(
+    model_dir: Path, pretrained: Pretrained, weights_digest: str, heads: Collection[Level]
+) -> tuple[ov.Model, str]:
+    """The int8 network of a model folder, as `openvino_graph.network` with some of its heads, and its SHA-256.
 
-    `quantised` is what the folder's config says of it, `weights` the digest of the folder's model. ModelError where
-    there is none, where it is damaged, or of other weights; ConfigError where it lacks one of `heads`.
+    `pretrained` is the folder's config, `weights_digest` that of its weights as they are. ModelError where there is no
+    int8 form, where it is damaged, or of other weights; ConfigError where it lacks one of `heads`.
     """
+    quantised = pretrained.quantised
     if quantised is None:
         raise ModelError(f"{model_dir} has no int8 form; {_again(model_dir)}, or take engine openvino")
-    if quantised.weights_digest != weights:
+    if quantised.weights_digest != weights_digest:
         raise ModelError(
             f"the int8 form in {model_dir} was made of model {quantised.weights_digest[:10]}, the folder holds "
-            f"{weights[:10]}; {_again(model_dir)}"
+            f"{weights_digest[:10]}; {_again(model_dir)}"
         )
     if int8_sha256(model_dir) != quantised.sha256:
-        raise ModelError(f"{XML} and {BIN} in {model_dir} are not what its config.json names; {_again(model_dir)}")
+        raise ModelError(f"{XML} and {BIN} in {model_dir} are not those of its config.json; {_again(model_dir)}")
     if lacking := sorted(set(heads) - set(quantised.levels)):
         raise ConfigError(
             f"the int8 form in {model_dir} has heads at levels {list(quantised.levels)}, wanted {lacking}; quantise "
-            "the whole model (without --level), or take one of its levels in mode fast"
+            "the model without --level, or take a level that it has in mode fast"
         )
-    return ov.Core().read_model(model_dir / XML)
+    return ov.Core().read_model(model_dir / XML), quantised.sha256
 
 
 def _again(model_dir: Path) -> str:

@@ -108,7 +108,7 @@ def _heads(x_BCHW: Output, weights: Weights, config: ModelConfig) -> dict[int, O
             lifted = _upsampled(grid[i + 1, j - 1], weights, node_name(i, j), config.upsample)
             inputs = ops.concat([*(grid[i, k] for k in range(j)), lifted], CHANNELS)
         elif i > 0:
-            inputs = ops.max_pool(grid[i - 1, 0], [2, 2], [1, 1], [0, 0], [0, 0], [2, 2])
+            inputs = ops.max_pool(grid[i - 1, 0], [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]).output(0)
         else:
             inputs = x_BCHW
         for name, _ in convolutions(config, i, j):

@@ -8,7 +8,6 @@ import io
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 
 from unetpp.augment import augment, random_view
 from unetpp.config import AugmentConfig, ModelConfig
-from unetpp.engines import scale
 from unetpp.errors import ConfigError
+from unetpp.torch_engine import scale
+from unetpp.weights import convolutions
 
 CROP_PX = 128
 VARIED = AugmentConfig(
@@ -51,11 +51,20 @@ def quantise(network: ov.Model, crops: Sequence[NDArray[np.float32]], float_laye
     return quantised
 
 
+def float_layers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """Choices of convolutions to leave in float32, the fastest first, each with more of those that int8 hurts most.
+
+    They are at full resolution, near the image and near the heads: what is rounded there nobody corrects any more.
+    """
+    first = tuple(name for name, _ in convolutions(config, 0, 0))
+    last = tuple(name for level in config.head_levels for name, _ in convolutions(config, 0, level))
+    heads = tuple(f"heads.{level}" for level in config.head_levels)
+    return first[:1], (*first, *heads), (*first, *last, *heads)
+
+
 def convolution_names(network: ov.Model) -> tuple[str, ...]:
     """Names of the convolutions of a network, the transposed ones too, in the order in which they are computed."""
-    return tuple(
-        node.get_friendly_name() for node in network.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS
-    )
+    return tuple(node.get_friendly_name() for node in network.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS)
 
 
 def calibration_crops(
