@@ -1,5 +1,6 @@
 """A network in int8: near float32, as stored, and refused where it is not what the folder's config says."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_every_choice_of_float_layers_names_convolutions_of_the_network(norm: st
     names = convolution_names(network(model.config, arrays_of(model)))
     choices = float_layers(model.config)
     assert all(set(choice) <= set(names) for choice in choices)
-    assert all(set(one) < set(other) for one, other in zip(choices, choices[1:], strict=False))
+    assert all(set(one) < set(other) for one, other in itertools.pairwise(choices))
 
 
 def test_an_unknown_layer_is_refused(model: UNetPlusPlus, crops: list[Any]) -> None:
