@@ -29,11 +29,12 @@ def head_name(level: int) -> str:
 def network(config: ModelConfig, weights: Weights) -> ov.Model:
     """x_BCHW float32, as `torch_engine.scale` makes it -> logits_BKHW of every head, under `head_name`.
 
-    H and W are multiples of `ModelConfig.stride`. Operations with weights bear their names in `weights`.
+    H and W are multiples of `ModelConfig.stride`. Operations with weights bear their names in `weights.folded`.
     """
+    config, weights = folded(config, weights)
     x_BCHW = ops.parameter([-1, config.in_channels, -1, -1], np.float32, name="x")
     centred = ops.subtract(x_BCHW, _channels(config.mean))
-    logits = _heads(ops.divide(centred, _channels(config.std)), folded(weights, config), config)
+    logits = _heads(ops.divide(centred, _channels(config.std)), weights, config)
     for level, logits_BKHW in logits.items():
         logits_BKHW.output(0).set_names({head_name(level)})
     return ov.Model([ops.result(logits_BKHW) for logits_BKHW in logits.values()], [x_BCHW], "unetpp")

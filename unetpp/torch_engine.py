@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
+from unetpp.checkpoint import arrays_of, model_of
 from unetpp.config import ModelConfig
 from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, value_range
-from unetpp.model import Node, UNetPlusPlus
+from unetpp.model import UNetPlusPlus
+from unetpp.weights import folded
 
 GPU_BATCH_TILES = 16
 EVERYWHERE = (slice(None), slice(None))
@@ -164,27 +165,11 @@ class TorchEngine(ReferenceEngine):
 
     def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:
         keep_freed_memory()
-        return fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain = model_of(*folded(model.config, arrays_of(model))).requires_grad_(False)
+        return plain.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
         return scale(tiles_BHWC, self.config)
-
-
-def fold_batch_norm(model: UNetPlusPlus) -> UNetPlusPlus:
-    """A copy in eval mode with its BatchNorms folded into the convolutions before them; outputs agree to about 1e-7."""
-    folded = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, node in folded.nodes.items():
-        assert isinstance(node, Node)
-        layers: list[nn.Module] = []
-        for layer in node:
-            if isinstance(layer, nn.BatchNorm2d):
-                convolution = layers.pop()
-                assert isinstance(convolution, nn.Conv2d)
-                layers.append(fuse_conv_bn_eval(convolution, layer))
-            else:
-                layers.append(layer)
-        folded.nodes[name] = nn.Sequential(*layers)
-    return folded
 
 
 def keep_freed_memory() -> None:

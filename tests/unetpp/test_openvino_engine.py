@@ -1,77 +1,21 @@
-"""The OpenVINO graph against torch: the same masks, margins, probabilities and complaints."""
+"""OpenVINO alone: tiling is invisible, a GPU is refused, and no torch is loaded."""
 
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
+from tests.unetpp.test_engines import network
 from unetpp.checkpoint import save_pretrained
-from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
-from unetpp.model import UNetPlusPlus
-from unetpp.openvino_engine import OpenVINOEngine
 from unetpp.predictor import Predictor
-from unetpp.torch_engine import TorchEngine
-
-CORE = (slice(8, 60), slice(0, 90))
-KINDS: list[dict[str, Any]] = [
-    {"level": 1, "num_classes": 3, "gamma": 0.5},
-    {"level": 2, "norm": "none", "deep_supervision": False, "mean": (0.1, 0.2, 0.3)},
-    {"level": 3, "upsample": "bilinear", "num_classes": 3},
-    {"level": 4, "upsample": "nearest", "temperature": {4: 1.7}},
-    {"level": 4, "in_channels": 1, "value_range": {"uint16": (0, 4095)}},
-]
-
-
-def network(**kind: Any) -> UNetPlusPlus:
-    """A small network with normalisation statistics that are not those of a new one."""
-    torch.manual_seed(1)
-    model = UNetPlusPlus(ModelConfig.model_validate({"filters": (8, 8, 12, 12, 16), **kind}))
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            buffer.uniform_(0.5, 1.5)
-    return model.eval()
-
-
-def tiles(pixel_type: str, channels: int = 3) -> Any:
-    """Two tiles of noise."""
-    values = np.random.default_rng(2).random((2, 64, 96, channels), np.float32)
-    return values if pixel_type == "float32" else (values * np.iinfo(pixel_type).max).astype(pixel_type)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"L{kind['level']}")
-@pytest.mark.parametrize(("pixel_type", "mode"), [("uint8", "fast"), ("uint16", "fast"), ("float32", "accurate")])
-def test_masks_margins_and_probabilities_are_those_of_torch(kind: dict[str, Any], pixel_type: str, mode: Any) -> None:
-    model = network(**kind)
-    tiles_BHWC = tiles(pixel_type, model.config.in_channels)
-    flips = mode == "accurate"
-    wanted, wanted_stats = TorchEngine(model, mode, flips=flips, probability=True)(tiles_BHWC, CORE)
-    seen, stats = OpenVINOEngine(model, mode, threads=1, flips=flips, probability=True)(tiles_BHWC, CORE)
-    assert seen.shape == wanted.shape == (2, 52, 90)
-    assert (seen != wanted).mean() <= 1e-3
-    for one, other in zip(stats, wanted_stats, strict=True):
-        assert one.finite
-        assert one.margin == pytest.approx(other.margin, abs=1e-5)
-        assert one.probability_HW is not None
-        assert other.probability_HW is not None
-        assert np.abs(one.probability_HW.astype(int) - other.probability_HW).max() <= 1
-
-
-def test_a_network_that_gives_nan_says_so() -> None:
-    model = network(level=1)
-    model.heads["1"].bias.data[:] = torch.nan
-    _, stats = OpenVINOEngine(model, "fast", threads=1)(tiles("uint8"), CORE)
-    assert [each.finite for each in stats] == [False, False]
-
-
-def test_other_pixels_are_refused() -> None:
-    with pytest.raises(ConfigError, match="int32"):
-        OpenVINOEngine(network(level=1), "fast", threads=1)(tiles("uint8").astype(np.int32), CORE)
 
 
 @pytest.mark.parametrize("level", [2, 4])
-def test_tiling_is_invisible(level: int, tmp_path: Any) -> None:
+def test_tiling_is_invisible(level: int, tmp_path: Path) -> None:
     save_pretrained(network(level=level), tmp_path)
     image_HWC = np.random.default_rng(3).integers(0, 256, (301, 417, 3), np.uint8)
     tiled, whole = (
@@ -81,7 +25,22 @@ def test_tiling_is_invisible(level: int, tmp_path: Any) -> None:
     assert (tiled != whole).mean() <= (0 if level <= 2 else 1e-4)
 
 
-def test_openvino_is_refused_on_a_gpu(tmp_path: Any) -> None:
+def test_openvino_is_refused_on_a_gpu(tmp_path: Path) -> None:
     save_pretrained(network(level=1), tmp_path)
     with pytest.raises(ConfigError, match="openvino computes on CPU"):
         Predictor.from_pretrained(tmp_path, engine="openvino", device="cuda")
+
+
+def test_predict_in_one_process_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(images / "a.png")
+    words = ["predict", "--model", "nuclei", "--input", images, "--output", tmp_path / "out", "--backend", "inline"]
+    code = (
+        "import sys\nfrom jobs.cli import main\n"
+        f"try:\n    main({[str(word) for word in words]!r})\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'openvino' in sys.modules\nassert {'torch', 'ray', 'prefect'}.isdisjoint(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").rglob("part-*.parquet"))

@@ -1,0 +1,136 @@
+"""Engines: each gives the masks of the reference, in its precision, and says what it cannot do."""
+
+import logging
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unetpp.checkpoint import arrays_of
+from unetpp.compiled_engine import CompiledEngine
+from unetpp.config import ModelConfig
+from unetpp.engine_names import PRECISION, resolved
+from unetpp.errors import ConfigError
+from unetpp.model import UNetPlusPlus
+from unetpp.predictor import load_engine
+from unetpp.torch_engine import ReferenceEngine, TorchEngine
+
+CORE = (slice(8, 60), slice(0, 90))
+KINDS: list[dict[str, Any]] = [
+    {"level": 1, "num_classes": 3, "gamma": 0.5},
+    {"level": 2, "norm": "none", "deep_supervision": False, "mean": (0.1, 0.2, 0.3)},
+    {"level": 3, "upsample": "bilinear", "num_classes": 3},
+    {"level": 4, "upsample": "nearest", "temperature": {4: 1.7}},
+    {"level": 4, "in_channels": 1, "value_range": {"uint16": (0, 4095)}},
+]
+
+
+def network(**kind: Any) -> UNetPlusPlus:
+    """A small network with normalisation statistics that are not those of a new one."""
+    torch.manual_seed(1)
+    model = UNetPlusPlus(ModelConfig.model_validate({"filters": (8, 8, 12, 12, 16), **kind}))
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def engine(name: Any, model: UNetPlusPlus, mode: Any = "fast", **how: Any) -> Any:
+    return load_engine(name, model.config, arrays_of(model), mode, threads=1, **how)
+
+
+def tiles(pixel_type: str = "uint8", channels: int = 3, num: int = 2) -> Any:
+    """Tiles of noise, 64 x 96."""
+    values = np.random.default_rng(2).random((num, 64, 96, channels), np.float32)
+    return values if pixel_type == "float32" else (values * np.iinfo(pixel_type).max).astype(pixel_type)
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"L{kind['level']}")
+@pytest.mark.parametrize(("pixel_type", "mode"), [("uint8", "fast"), ("uint16", "fast"), ("float32", "accurate")])
+def test_masks_margins_and_probabilities_are_those_of_the_reference(
+    name: str, kind: dict[str, Any], pixel_type: str, mode: Any
+) -> None:
+    model = network(**kind)
+    tiles_BHWC = tiles(pixel_type, model.config.in_channels)
+    how = {"flips": mode == "accurate", "probability": True}
+    wanted, wanted_stats = engine("reference", model, mode, **how)(tiles_BHWC, CORE)
+    seen, stats = engine(name, model, mode, **how)(tiles_BHWC, CORE)
+    assert seen.shape == wanted.shape == (2, 52, 90)
+    assert (seen != wanted).mean() <= 1e-3
+    for one, other in zip(stats, wanted_stats, strict=True):
+        assert one.finite
+        assert one.margin == pytest.approx(other.margin, abs=1e-5)
+        assert one.probability_HW is not None
+        assert other.probability_HW is not None
+        assert np.abs(one.probability_HW.astype(int) - other.probability_HW).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "openvino"])
+def test_a_network_that_gives_nan_says_so(name: str) -> None:
+    model = network(level=1)
+    model.heads["1"].bias.data[:] = torch.nan
+    _, stats = engine(name, model)(tiles(), CORE)
+    assert [each.finite for each in stats] == [False, False]
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "openvino"])
+def test_other_pixels_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="int32"):
+        engine(name, network(level=1))(tiles().astype(np.int32), CORE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    ],
+)
+def test_what_torch_says_of_memory_is_a_memory_error(error: Exception) -> None:
+    class Small(ReferenceEngine):
+        def _decided(self, tiles_BHWC: torch.Tensor) -> list[torch.Tensor]:
+            raise error
+
+    with pytest.raises(MemoryError):
+        Small(network(level=1), "fast")(tiles(), CORE)
+
+
+def test_an_engine_leaves_its_model_as_it_was() -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    TorchEngine(model, "fast")(tiles(), CORE)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_auto_is_one_engine_on_each_kind_of_machine() -> None:
+    assert (resolved("auto", on_gpu=False), resolved("auto", on_gpu=True)) == ("openvino", "compiled")
+    assert resolved("torch", on_gpu=True) == "torch"
+    assert PRECISION[resolved("auto", on_gpu=False)] == "f32"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_masks_are_the_references_but_for_undecided_pixels(caplog: pytest.LogCaptureFixture) -> None:
+    model = network(level=2)
+    wanted, _ = engine("reference", model)(tiles(num=3), CORE)
+    compiled = engine("compiled", model, probability=True)
+    seen, stats = compiled(tiles(num=3), CORE)
+    assert not caplog.records  # nothing had to go on without being compiled
+    assert (seen != wanted).mean() < 0.02
+    assert all(stat.finite and stat.probability_HW is not None for stat in stats)
+
+
+def test_what_cannot_be_compiled_is_computed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    torch._dynamo.reset()
+    model = network(level=1)
+    caplog.set_level(logging.WARNING)
+    compiled = CompiledEngine(model, "fast", threads=1)
+    seen, _ = compiled(tiles(num=1)[:, :32, :48], (slice(None), slice(None)))
+    assert seen.shape == (1, 32, 48)
+    assert "goes on without torch.compile" in caplog.text
