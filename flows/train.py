@@ -12,7 +12,7 @@ from flows.outcome import TrainOutcome
 
 @flow(name="train", on_cancellation=[hooks.stop_jobs], on_crashed=[hooks.leave_jobs])
 def train(config: TrainFlowConfig) -> TrainOutcome:
-    """Train, measure every level, prune by tolerance, gate, quantise; what was done for this labelled set stays done."""
+    """Train, measure every level, prune by tolerance, gate, quantise; nothing is done twice for a labelled set."""
     return make_model(config, stages.deadline(config))
 
 

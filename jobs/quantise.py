@@ -51,7 +51,7 @@ def run(config: QuantiseConfig) -> QuantiseResult:
     model = from_pretrained(model_dir)
     kept = model if config.level is None else prune(model, config.level)
     labelled = open_labelled_set(config.data, config.split_column)
-    guard = _Guard(model_dir, kept.config, labelled.split(config.split), config)
+    guard = Guard(model_dir, model.config, kept.config.head_levels, labelled.split(config.split), config)
     crops = _crops(labelled, kept.config, config)
     uri = config.out or config.model
     for layers in float_layers(kept.config):
@@ -126,11 +126,18 @@ def _crops(labelled: LabelledSet, model: ModelConfig, config: QuantiseConfig) ->
     )
 
 
-class _Guard:
-    """Compares int8 with float32 over labelled images, by `Predictor`."""
+class Guard:
+    """Compares int8 with float32 on labelled images, by `Predictor`: each of `levels`, and accurate mode of several."""
 
-    def __init__(self, model_dir: Path, model: ModelConfig, samples: Sequence[Sample], config: QuantiseConfig) -> None:
-        self._samples, self._model, self._config = samples, model, config
+    def __init__(
+        self,
+        model_dir: Path,
+        model: ModelConfig,
+        levels: tuple[Level, ...],
+        samples: Sequence[Sample],
+        config: QuantiseConfig,
+    ) -> None:
+        self._model, self._levels, self._samples, self._config = model, levels, samples, config
         self._column = group_column(samples, config.group_by)
         self._float32 = self._ious(model_dir, "openvino")
 
@@ -154,9 +161,9 @@ class _Guard:
 
     def _ious(self, model_dir: Path, engine: EngineName) -> dict[str, list[float]]:
         """Per-image IoU by output name."""
-        outputs: dict[str, tuple[Mode, Level]] = {f"L{level}": ("fast", level) for level in self._model.head_levels}
+        outputs: dict[str, tuple[Mode, Level]] = {f"L{level}": ("fast", level) for level in self._levels}
         if len(outputs) > 1:
-            outputs[ACCURATE] = ("accurate", self._model.level)
+            outputs[ACCURATE] = ("accurate", self._levels[-1])
         config = self._config
         predictors = {
             name: Predictor.from_pretrained(
