@@ -17,8 +17,11 @@ XML, BIN = "int8.xml", "int8.bin"
 
 
 def save_int8(network: ov.Model, model_dir: Path) -> str:
-    """Write a network into a model folder; its `int8_sha256`."""
-    ov.save_model(network, model_dir / XML, compress_to_fp16=False)
+    """Write a network into a model folder; its `int8_sha256`, the same for equal networks."""
+    named = network.clone()
+    for number, node in enumerate(named.get_ordered_ops()):  # whose names count what this process made before
+        node.set_friendly_name(f"{node.get_type_name()}_{number}")
+    ov.save_model(named, model_dir / XML, compress_to_fp16=False)
     return int8_sha256(model_dir)
 
 

@@ -33,9 +33,9 @@ CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData")
 def quantise(network: ov.Model, crops: Sequence[NDArray[np.float32]], float_layers: Collection[str]) -> ov.Model:
     """The network in int8, its ranges measured on `crops` (x_BCHW as the network reads them).
 
-    Weights by channel, activations by tensor, biases corrected for what rounding shifts (nncf's post-training
-    quantisation). `float_layers` are the names of convolutions that are left in float32. ConfigError where nncf is not
-    installed, or the network has no such layer.
+    nncf's post-training quantisation: weights by channel, activations by tensor, both symmetric. `float_layers` are the
+    names of convolutions that are left in float32. ConfigError where nncf is not installed, or the network has no such
+    layer.
     """
     if unknown := sorted(set(float_layers) - set(convolution_names(network))):
         raise ConfigError(f"no convolution is called {unknown[0]}; there are {', '.join(convolution_names(network))}")
@@ -47,6 +47,9 @@ def quantise(network: ov.Model, crops: Sequence[NDArray[np.float32]], float_laye
             preset=nncf.QuantizationPreset.PERFORMANCE,
             subset_size=len(crops),
             ignored_scope=nncf.IgnoredScope(names=sorted(float_layers)),
+            # A correction is a mean over crops of every kind: to a dark image it adds what is none of its own, and
+            # background becomes foreground.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
     return quantised
 
@@ -56,8 +59,9 @@ def float_layers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
 
     They are at full resolution, near the image and near the heads: what is rounded there nobody corrects any more.
     """
-    first = tuple(name for name, _ in convolutions(config, 0, 0))
-    last = tuple(name for level in config.head_levels for name, _ in convolutions(config, 0, level))
+    folded = config.model_copy(update={"norm": "none"})
+    first = tuple(name for name, _ in convolutions(folded, 0, 0))
+    last = tuple(name for level in config.head_levels for name, _ in convolutions(folded, 0, level))
     heads = tuple(f"heads.{level}" for level in config.head_levels)
     return first[:1], (*first, *heads), (*first, *last, *heads)
 

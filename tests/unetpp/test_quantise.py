@@ -29,20 +29,26 @@ def small_model(**kind: Any) -> UNetPlusPlus:
     model = UNetPlusPlus(ModelConfig.model_validate({"level": 2, "filters": (8, 8, 12), **kind}))
     for name, buffer in model.named_buffers():
         if "running" in name:
-            buffer.uniform_(0.5, 1.5)
+            buffer.uniform_(*((0.5, 1.5) if "var" in name else (-0.5, 0.1)))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def model() -> UNetPlusPlus:
-    return small_model()
+def images() -> list[Any]:
+    """Six images of coarse noise, uint8 HWC."""
+    coarse = np.random.default_rng(4).integers(0, 256, (6, 9, 9, 3), np.uint8)
+    return list(coarse.repeat(8, 1).repeat(8, 2))
 
 
 @pytest.fixture(scope="module")
-def images() -> list[Any]:
-    """Six images of smooth noise, uint8 HWC."""
-    coarse = np.random.default_rng(4).integers(0, 256, (6, 9, 9, 3), np.uint8)
-    return list(coarse.repeat(8, 1).repeat(8, 2))
+def model(images: list[Any]) -> UNetPlusPlus:
+    """Of whose heads each finds half of the pixels of `images`."""
+    model = small_model()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
+        for level, logits_BKHW in logits.items():
+            model.heads[str(level)].bias -= logits_BKHW.median()  # type: ignore[operator]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +142,15 @@ def test_an_unknown_layer_is_refused(model: UNetPlusPlus, crops: list[Any]) -> N
 @pytest.mark.parametrize("pixel_type", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("mode", [{"level": 1}, {"level": 2}, {"mode": "accurate", "flips": True}], ids=str)
 def test_masks_are_nearly_those_of_float32(int8_dir: Path, images: list[Any], pixel_type: str, mode: Any) -> None:
-    factor = {"uint8": 1, "uint16": 257, "float32": 1 / 255}[pixel_type]
+    factor = {"uint8": 1.0, "uint16": 257.0, "float32": 1 / 255}[pixel_type]
     pixels = [(image_HWC * factor).astype(pixel_type) for image_HWC in images]
     seen, wanted = (
         np.stack(Predictor.from_pretrained(int8_dir, engine=engine, threads=1, **mode)(pixels))
         for engine in ("openvino-int8", "openvino")
     )
     assert seen.shape == (6, 72, 72)
-    assert 0.02 < wanted.mean() < 0.98
-    assert (seen != wanted).mean() < 0.03
+    assert 0.3 < wanted.mean() < 0.7
+    assert (seen != wanted).mean() < 0.1
 
 
 def test_int8_masks_are_another_models_than_those_of_float32_and_of_another_int8_form(
@@ -165,10 +171,8 @@ def test_a_model_without_an_int8_form_says_how_to_make_one(tiny_model: Path) -> 
         Predictor.from_pretrained(tiny_model, engine="openvino-int8")
 
 
-def test_an_int8_form_of_other_weights_is_refused(quantised: ov.Model, tmp_path: Path) -> None:
-    other = small_model()
-    other.heads["1"].bias.data += 1
-    write(other, quantised, tmp_path, weights_digest=digest(small_model()))
+def test_an_int8_form_of_other_weights_is_refused(model: UNetPlusPlus, quantised: ov.Model, tmp_path: Path) -> None:
+    write(small_model(), quantised, tmp_path, weights_digest=digest(model))
     with pytest.raises(ModelError, match=r"was made of model \w{10}, the folder holds \w{10}; make it"):
         Predictor.from_pretrained(tmp_path, engine="openvino-int8")
 
