@@ -22,14 +22,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
 
-from jobs import disk, foreign, s3
+from jobs import disk
 from unetpp.errors import ConfigError, StorageError
 from unetpp.spans import ReadFile
+
+if TYPE_CHECKING:
+    from jobs.s3 import S3
 
 SCRATCH = ".tmp"
 NUM_THREADS = 16
@@ -53,6 +56,8 @@ def canonical(uri: str | Path) -> str:
     text = os.fspath(uri)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "s3":
+        from jobs import s3
+
         s3.split(text)
         return text.rstrip("/")
     if scheme == "file":
@@ -61,6 +66,8 @@ def canonical(uri: str | Path) -> str:
             raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local path is file:///folder or /folder")
         text = unquote(parts.path)
     elif scheme:
+        from jobs import foreign
+
         foreign.check(text)
         return text.rstrip("/")
     if not text:
@@ -70,7 +77,11 @@ def canonical(uri: str | Path) -> str:
 
 def plain(uri: str) -> str:
     """The location without the name of a storage profile: what other programs, and rows, call it."""
-    return s3.without_profile(uri) if is_remote(uri) else uri
+    if not is_remote(uri):
+        return uri
+    from jobs import s3
+
+    return s3.without_profile(uri)
 
 
 def join(uri: str | Path, *parts: str) -> str:
@@ -95,8 +106,19 @@ class _Reader(Protocol):
 
 def _reader(place: str) -> _Reader:
     if is_remote(place):
-        return s3.connect(place)
-    return foreign if "://" in place else disk
+        return _s3(place)
+    if "://" not in place:
+        return disk
+    from jobs import foreign
+
+    return foreign
+
+
+def _s3(place: str) -> "S3":
+    """The client of a place. Its libraries take a second to load, which a local folder should not cost."""
+    from jobs import s3
+
+    return s3.connect(place)
 
 
 def list_objects(uri: str | Path, *, missing_ok: bool = False) -> Iterator[StoredObject]:
@@ -168,7 +190,7 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
     """Write, over what is there. For what may be rewritten: reports, results, hints, models."""
     place = _writable(uri)
     if is_remote(place):
-        s3.connect(place).write(place, content)
+        _s3(place).write(place, content)
     else:
         disk.write(place, content)
 
@@ -177,7 +199,7 @@ def upload_file(path: str | Path, uri: str | Path) -> None:
     """Copy a local file to a URI, over what is there: readers see the old or the new."""
     place = _writable(uri)
     if is_remote(place):
-        s3.connect(place).write(place, Path(path).read_bytes())
+        _s3(place).write(place, Path(path).read_bytes())
     else:
         disk.copy(os.fspath(path), place)
 
@@ -190,7 +212,7 @@ def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = 
     """
     place = _writable(uri)
     if is_remote(place):
-        return s3.connect(place).put_if_absent(place, content)
+        return _s3(place).put_if_absent(place, content)
     folder = os.path.dirname(place) if root is None else canonical(root)
     return disk.put_if_absent(place, content, join(folder, SCRATCH))
 
@@ -199,7 +221,7 @@ def delete(uri: str | Path) -> None:
     """Remove an object; one that is not there is fine."""
     place = _writable(uri)
     if is_remote(place):
-        s3.connect(place).delete(place)
+        _s3(place).delete(place)
     else:
         disk.delete(place)
 
@@ -224,7 +246,7 @@ def age_s(uri: str | Path, *, root: str | Path) -> float | None:
     """
     place = _writable(uri)
     if is_remote(place):
-        return s3.connect(place).age_s(place)
+        return _s3(place).age_s(place)
     return disk.age_s(place, join(canonical(root), SCRATCH))
 
 
@@ -288,7 +310,7 @@ def arrow(uri: str | Path) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     place = canonical(uri)
     try:
         if is_remote(place):
-            yield s3.connect(place).arrow_filesystem(place), plain(place).removeprefix("s3://")
+            yield _s3(place).arrow_filesystem(place), plain(place).removeprefix("s3://")
         else:
             yield pyarrow.fs.LocalFileSystem(), _writable(place)
     except FileNotFoundError as error:

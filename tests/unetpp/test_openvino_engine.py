@@ -31,15 +31,16 @@ def test_openvino_is_refused_on_a_gpu(tmp_path: Path) -> None:
         Predictor.from_pretrained(tmp_path, engine="openvino", device="cuda")
 
 
-def test_predict_in_one_process_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+def test_predict_in_one_process_of_a_local_folder_loads_neither_torch_nor_ray_nor_s3(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(images / "a.png")
     words = ["predict", "--model", "nuclei", "--input", images, "--output", tmp_path / "out", "--backend", "inline"]
     code = (
-        "import sys\nfrom jobs.cli import main\n"
-        f"try:\n    main({[str(word) for word in words]!r})\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "assert 'openvino' in sys.modules\nassert {'torch', 'ray', 'prefect'}.isdisjoint(sys.modules)"
+        "import sys\nfrom jobs.cli import run_command_line\n"
+        f"assert run_command_line(words={[str(word) for word in words]!r}) == 0\n"
+        "assert 'openvino' in sys.modules\n"
+        "assert {'torch', 'ray', 'prefect', 'botocore'}.isdisjoint(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
