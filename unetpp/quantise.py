@@ -55,9 +55,10 @@ def quantise(network: ov.Model, crops: Sequence[NDArray[np.float32]], float_laye
 
 
 def float_layers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """Choices of convolutions to leave in float32, the fastest first, each with more of those that int8 hurts most.
+    """Choices of convolutions to leave in float32, the fastest first: later ones have more of those at full resolution.
 
-    They are at full resolution, near the image and near the heads: what is rounded there nobody corrects any more.
+    The first convolution always is: dark images use few of the steps that 8 bits have for all images, and there is
+    nothing before it that could make more of them.
     """
     folded = config.model_copy(update={"norm": "none"})
     first = tuple(name for name, _ in convolutions(folded, 0, 0))
