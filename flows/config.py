@@ -12,6 +12,7 @@ from jobs.contract import (
     BACKFILL_IMAGES,
     LABELLED_DATA,
     MANY_INPUTS,
+    MAX_IOU_DROP,
     ON_NEW_MODEL,
     OnNewModel,
     PredictOptions,
@@ -56,6 +57,11 @@ class _Training(Frozen):
         0.0, description="a new model may have this much less validation IoU than the current one and still replace it"
     )
     group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    quantise: bool = Field(
+        False,
+        description="make the int8 form of the current model, where it has none, for predict.engine openvino-int8",
+    )
+    max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(0.002, description=MAX_IOU_DROP)
 
 
 DATE: JsonDict = {"pattern": r"^\d{4}-\d{2}-\d{2}$"}

@@ -1,6 +1,6 @@
 """What the stages of a night hand to each other and to people."""
 
-from jobs.contract import EvaluateResult, PruneResult, TrainResult
+from jobs.contract import EvaluateResult, PruneResult, QuantiseResult, TrainResult
 from unetpp.config import Frozen
 
 
@@ -14,9 +14,13 @@ class GateResult(Frozen):
 
 
 class TrainOutcome(Frozen):
-    """The results of the four stages that make a model."""
+    """The results of the stages that make a model.
+
+    `quantised` is of the current model; None where it was not asked for, or has its int8 form already.
+    """
 
     trained: TrainResult
     measured: EvaluateResult
     pruned: PruneResult
     gate: GateResult
+    quantised: QuantiseResult | None = None

@@ -152,7 +152,10 @@ def publish_levels(outcome: TrainOutcome) -> None:
         }
         for report in outcome.measured.reports
     ]
-    create_table_artifact(rows, key="levels", description=outcome.gate.reason)
+    words = outcome.gate.reason
+    if outcome.quantised is not None:
+        words += f"; {outcome.quantised.message}"
+    create_table_artifact(rows, key="levels", description=words)
 
 
 @never_in_the_way
@@ -197,6 +200,8 @@ def show(outcome: TrainOutcome | None, predicted: PredictResult | None) -> None:
         console.print(chosen_table(outcome.measured.reports, outcome.pruned.level))
         _line(console, "level", f"L{outcome.pruned.level}, the cheapest within the tolerance")
         _line(console, "gate", outcome.gate.reason)
+        if outcome.quantised is not None:
+            _line(console, "int8", outcome.quantised.message)
     if predicted is not None:
         _line(console, predicted.status, counts_line(predicted))
         _line(console, "table", predicted.table_uri)

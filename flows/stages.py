@@ -30,6 +30,8 @@ from jobs.contract import (
     PredictResult,
     PruneConfig,
     PruneResult,
+    QuantiseConfig,
+    QuantiseResult,
     TrainConfig,
     TrainResult,
     fingerprint,
@@ -136,6 +138,34 @@ def gate_stage(
     return decision
 
 
+@task(name="quantise", cache_policy=NO_CACHE)
+def quantise_stage(config: TrainFlowConfig, labelled: str, until: float) -> QuantiseResult | None:
+    """Make the int8 form of the current model, if it is as good as float32; None where it has one."""
+    _, current = registry.current(config.models)
+    assert current is not None, "the gate has let one through"
+    if registry.has_int8(config.models, current.digest):
+        return None
+    job = QuantiseConfig(
+        model=registry.model_uri(config.models, current.digest),
+        data=config.data,
+        split_column=config.train.split_column,
+        split=config.train.val_split,
+        calibration_split=config.train.train_split,
+        group_by=config.group_by,
+        max_iou_drop=config.max_iou_drop,
+        refusal_ok=True,
+    )
+    spec = _spec(job, current.digest, labelled)
+
+    def still_true(result: BaseModel) -> bool:
+        return not getattr(result, "accepted", False) or registry.has_int8(config.models, current.digest)
+
+    quantised = _once(config, "quantise", spec, job, QuantiseResult, config.work, still_true, until)
+    if not quantised.accepted:
+        logger.warning("%s: %s", current.digest[:10], quantised.message)
+    return quantised
+
+
 def _compare(
     config: TrainFlowConfig,
     labelled: str,
@@ -206,6 +236,14 @@ def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
     if model is None:
         raise ConfigError(f"{config.models} has no current model: run flows.train or flows.nightly first")
     inputs = (config.input,) if isinstance(config.input, str) else config.input
+    options = config.predict
+    if options.engine == "openvino-int8" and not registry.has_int8(config.models, model.digest):
+        logger.warning(
+            "%s has no int8 form, so it computes in float32, by engine openvino: set quantise in the flow that trains, "
+            "or make it with unetpp quantise; where int8 lost too much, this is as it should be",
+            model.digest[:10],
+        )
+        options = options.model_copy(update={"engine": "openvino"})
     return PredictConfig(
         model=registry.model_uri(config.models, model.digest),
         input=tuple(uri.replace("{night}", f"{night[:4]}-{night[4:6]}-{night[6:8]}") for uri in inputs),
@@ -213,7 +251,7 @@ def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
         on_new_model=config.on_new_model,
         backfill_images=config.backfill_images,
         partial_ok=True,  # failed images are rows and counts, not a failed night
-        **dict(config.predict),
+        **dict(options),
     )
 
 

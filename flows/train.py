@@ -12,18 +12,19 @@ from flows.outcome import TrainOutcome
 
 @flow(name="train", on_cancellation=[hooks.stop_jobs], on_crashed=[hooks.leave_jobs])
 def train(config: TrainFlowConfig) -> TrainOutcome:
-    """Train, measure every level, prune by tolerance, gate; whatever was done for this labelled set is not repeated."""
+    """Train, measure every level, prune by tolerance, gate, quantise; nothing is done twice for a labelled set."""
     return make_model(config, stages.deadline(config))
 
 
 def make_model(config: TrainFlowConfig, until: float) -> TrainOutcome:
-    """The four stages of a model, inside whatever flow runs."""
+    """The stages of a model, inside whatever flow runs."""
     labelled = stages.labelled_fingerprint(config.data)
     trained = stages.train_stage(config, labelled, until)
     measured = stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest, until)
     pruned = stages.prune_stage(config, labelled, trained, until)
     gate = stages.gate_stage(config, labelled, measured, pruned, until)
-    outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate)
+    quantised = stages.quantise_stage(config, labelled, until) if config.quantise else None
+    outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate, quantised=quantised)
     publish.publish_levels(outcome)
     return outcome
 

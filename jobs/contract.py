@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from unetpp.card import UNSTATED, LevelChoice
+from unetpp.card import MIN_GUARDED_IMAGES, UNSTATED, Int8Output, LevelChoice
 from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
 from unetpp.engine_names import EngineChoice, EngineName
 from unetpp.errors import ImageErrorCode
@@ -321,6 +321,49 @@ class PruneResult(Frozen):
     digest: str
     level: Level
     choices: tuple[LevelChoice, ...]
+
+
+# --------------------------------------------------------------------------------------------- quantise
+
+
+MAX_IOU_DROP = "mean IoU that int8 may lose against float32 over all images"
+
+
+class QuantiseConfig(Frozen):
+    """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32."""
+
+    model: str = Field(description="model folder or URI")
+    data: str = Field(description=LABELLED_DATA)
+    out: str | None = Field(
+        None, description="folder or URI for a copy of the model with its int8 form; default: into the model's own"
+    )
+    level: Level | None = Field(None, description="this level alone; default: every head that the model has")
+    split_column: str = Field("split", description=SPLIT_COLUMN)
+    split: str | None = Field("val", description="rows of splits.csv to measure on")
+    calibration_split: str | None = Field("train", description="rows of splits.csv to cut the crops from")
+    group_by: str | None = Field(None, description="column of splits.csv to judge by; default: modality if there")
+    max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(0.002, description=MAX_IOU_DROP)
+    max_group_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.005, description=f"the same in every group of {MIN_GUARDED_IMAGES} images or more"
+    )
+    refusal_ok: bool = Field(False, description="exit 0 although int8 lost too much: the result says so")
+    num_crops: Annotated[int, Field(ge=1)] = Field(200, description="crops that value ranges are measured on")
+    crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(128, description="side of such a crop")
+    seed: int = Field(0, description="of the crops")
+    tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
+    result: str | None = Field(None, description="also write the result as JSON to this URI")
+
+
+class QuantiseResult(Frozen):
+    """The int8 form and what it costs, or why there is none."""
+
+    model_uri: str
+    digest: str = Field(description="of the model, whose weights are as they were")
+    accepted: bool
+    message: str = Field(description="why there is no int8 form, or which convolutions stay in float32")
+    scores: dict[str, Int8Output] = Field(description="by output name, of what was measured last")
+    exit_code: int
 
 
 # ---------------------------------------------------------------------------------------------- predict

@@ -67,7 +67,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         refuse_single_head(model.config)
     labelled = open_labelled_set(config.data, config.split_column)
     samples = labelled.split(config.split)
-    column = _group_column(samples, config)
+    column = group_column(samples, config.group_by)
     logger.info("evaluating %d images of %s", len(samples), config.data)
     counts = measure_quality(model, samples, config.tile_px, flips=config.flips)
     on_gpu = has_gpu()
@@ -164,13 +164,14 @@ def _score(counts: Sequence[Counts], config: EvaluateConfig) -> Score:
     )
 
 
-def _group_column(samples: Sequence[Sample], config: EvaluateConfig) -> str | None:
+def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
+    """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
     columns = samples[0].groups.keys()
-    if config.group_by is None:
+    if group_by is None:
         return "modality" if "modality" in columns else None
-    if config.group_by not in columns:
-        raise ConfigError(f"group_by is {config.group_by!r}; splits.csv has the columns {', '.join(columns) or 'none'}")
-    return config.group_by
+    if group_by not in columns:
+        raise ConfigError(f"group_by is {group_by!r}; splits.csv has the columns {', '.join(columns) or 'none'}")
+    return group_by
 
 
 def _group_scores(

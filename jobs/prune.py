@@ -37,7 +37,7 @@ def run(config: PruneConfig) -> PruneResult:
     pretrained, model = read_pretrained(model_dir), from_pretrained(model_dir)
     choices: tuple[LevelChoice, ...] = ()
     level = config.level
-    changed: dict[str, object] = {"level_choice": None}
+    changed: dict[str, object] = {"level_choice": None, "quantised": None}
     picture = b""
     if config.tolerance is not None:
         evaluated = _evaluated(config, digest(model))

@@ -28,6 +28,11 @@ def model_uri(models: str, digest: str) -> str:
     return storage.join(models, digest)
 
 
+def has_int8(models: str, digest: str) -> bool:
+    """Return whether the model of this digest has an int8 form, by its config."""
+    return storage.read_json(storage.join(model_uri(models, digest), "config.json")).get("quantised") is not None
+
+
 def current(models: str) -> tuple[int, CurrentModel | None]:
     """Return the highest number and its model; (0, None) where nothing was promoted yet."""
     numbers = [

@@ -18,6 +18,7 @@ from jobs.contract import (
     LevelReport,
     PredictResult,
     PruneResult,
+    QuantiseResult,
     RollbackResult,
     Score,
     StatusResult,
@@ -47,6 +48,10 @@ def show(result: BaseModel, console: Console) -> None:
             if result.choices:
                 console.print(choice_table(result))
             _line(console, "pruned", f"level L{result.level}: {result.model_uri} (digest {result.digest[:10]})")
+        case QuantiseResult():
+            console.print(int8_table(result))
+            _line(console, "quantised" if result.accepted else "refused", result.message)
+            _line(console, "model", f"{result.model_uri} (digest {result.digest[:10]})")
         case PredictResult():
             _show_predict(result, console)
         case StatusResult():
@@ -114,6 +119,16 @@ def chosen_table(reports: Sequence[LevelReport], level: int) -> Table:
             "yes" if is_chosen else "",
             style="bold" if is_chosen else None,
         )
+    return table
+
+
+def int8_table(result: QuantiseResult) -> Table:
+    """Mean IoU in float32 and in int8, over all images and by group."""
+    table = _table("int8 against float32", "output", "group", "images", "float32", "int8", "drop")
+    for name, output in result.scores.items():
+        for group, score in {"all": output, **output.groups}.items():
+            figures = (score.float32_iou, score.int8_iou, score.drop)
+            table.add_row(name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures))
     return table
 
 

@@ -19,6 +19,9 @@ UNSTATED = "unstated"
 FEW_IMAGES = 10
 """A group of fewer images is named among the limits: its interval says how little is known, or cannot be made."""
 
+MIN_GUARDED_IMAGES = 20
+"""A group of fewer images is not judged by itself when a network is quantised: its mean says too little."""
+
 METHOD = (
     "UNet++: Zhou, Siddiquee, Tajbakhsh and Liang, DLMIA 2018, arXiv:1807.10165, and IEEE TMI 2020, arXiv:1912.05074. "
     "Its authors state that a patent application covers the method."
@@ -85,6 +88,42 @@ class TrainingData(Frozen):
     licence: str = UNSTATED
 
 
+class Int8Score(Frozen):
+    """Mean IoU of one group of images in float32 and in int8, by the same engine."""
+
+    num_images: int
+    float32_iou: float
+    int8_iou: float
+
+    @property
+    def drop(self) -> float:
+        """What int8 loses; negative where it gains."""
+        return self.float32_iou - self.int8_iou
+
+
+class Int8Output(Int8Score):
+    """Over all images, and by group."""
+
+    groups: dict[str, Int8Score] = Field({})
+
+
+class Quantised(Frozen):
+    """The int8 form beside the weights: of what it was made, and what it costs in quality."""
+
+    weights_digest: str = Field(description="of the model that it was made of")
+    sha256: str = Field(description="of its files")
+    levels: tuple[Level, ...] = Field(description="whose heads it has")
+    float_layers: tuple[str, ...] = Field(description="convolutions that are kept in float32")
+    calibration: dict[str, object] = Field({}, description="crops that its ranges were measured on")
+    scores: dict[str, Int8Output] = Field({}, description="by output name: L1, L2, ..., accurate")
+    split: str | None = None
+    data: str = Field("", description="name of the labelled set")
+    data_fingerprint: str = ""
+    max_iou_drop: float = Field(description="more would have been refused, over all images")
+    max_group_drop: float = Field(description="more would have been refused, in a group of enough images")
+    versions: dict[str, str] = Field({}, description="of nncf and openvino")
+
+
 class Pretrained(Frozen):
     """config.json: everything about a model but its weights."""
 
@@ -96,6 +135,7 @@ class Pretrained(Frozen):
     )
     calibration: dict[Level, Calibration] = Field({}, description="by level, where temperatures were fitted")
     level_choice: Choice | None = Field(None, description="of a model that was pruned by a tolerance")
+    quantised: Quantised | None = Field(None, description="of a model that has an int8 form")
     data: TrainingData | None = None
     training: dict[str, object] = Field({}, description="command, seed, settings and environment that made the weights")
     licence: str = UNSTATED
@@ -155,6 +195,7 @@ def model_card(pretrained: Pretrained, num_parameters: int) -> str:
         "Quality by group": _groups(pretrained.scores),
         "Level choice": _choice(pretrained.level_choice),
         "Calibration": _calibration(pretrained.calibration),
+        "Int8": _quantised(pretrained.quantised),
         "Data": _data(pretrained),
         "Training": _training(pretrained.training),
         "Licence": [
@@ -286,6 +327,29 @@ def _calibration(calibration: Mapping[Level, Calibration]) -> list[str]:
         "",
         f"Temperature scaling (Guo et al. 2017, arXiv:1706.04599) on {number:,} pixels of the validation images; "
         "negative log-likelihood and expected calibration error (15 bins) of the same pixels.",
+    ]
+
+
+def _quantised(quantised: Quantised | None) -> list[str]:
+    if quantised is None:
+        return []
+    rows = []
+    for name, output in quantised.scores.items():
+        for group, score in {"all": output, **dict(sorted(output.groups.items()))}.items():
+            figures = (score.float32_iou, score.int8_iou, score.drop)
+            rows.append([name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures)])
+    made = json.dumps(quantised.calibration)
+    versions = ", ".join(f"{name} {version}" for name, version in quantised.versions.items())
+    return [
+        "`--engine openvino-int8` computes in 8 bits on CPU. Mean IoU of the same images by OpenVINO in both:",
+        "",
+        *_table(["output", "group", "images", "float32", "int8", "drop"], rows, text_columns=2),
+        "",
+        f"Measured on {_line(quantised.data)} ({quantised.data_fingerprint[:10]}), {quantised.split or 'all'}. A drop "
+        f"above {quantised.max_iou_drop:g} over all images, or above {quantised.max_group_drop:g} in a group of "
+        f"{MIN_GUARDED_IMAGES} images or more, would have been refused.",
+        "",
+        f"In float32 are {', '.join(quantised.float_layers) or 'no convolutions'}. Calibration: {made}. {versions}.",
     ]
 
 

@@ -76,8 +76,9 @@ class Predictor:
         `probability`, predictions have `probability_HW`. `engine`: see `unetpp.engines`. `device`: a name of torch;
         None: the GPU where there is one and the engine can use it. `threads` compute on CPU; None: every core.
 
-        ModelError for a folder that is no model; ConfigError for a level without a head, accurate mode with one head,
-        flips in fast mode, as many bands as the network cannot read, an engine of CPUs on another device.
+        ModelError for a folder that is no model, or has no int8 form where that is asked for; ConfigError for a level
+        without a head, accurate mode with one head, flips in fast mode, as many bands as the network cannot read, an
+        engine of CPUs on another device.
         """
         if flips and mode != "accurate":
             raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
@@ -86,10 +87,18 @@ class Predictor:
         if name in ON_CPU_ONLY and device not in (None, "cpu"):
             raise ConfigError(f"engine {name} computes on CPU, the device is {device}; take engine torch")
         folder = packaged.resolve(model_dir)
-        full = read_pretrained(folder).model
+        pretrained = read_pretrained(folder)
+        full = pretrained.model
         stored = weights.read_weights(folder, full)
         config = _pruned(full if bands is None else _with_bands(full, bands), mode, level)
         arrays = weights.picked(stored, config)
+        decision = {"mode": mode, "precision": PRECISION[name], **({"flips": "mean"} if flips else {})}
+        network = None
+        if name == "openvino-int8":
+            from unetpp.int8 import read_int8
+
+            heads = config.head_levels if mode == "accurate" else (config.level,)
+            network, decision["int8"] = read_int8(folder, pretrained, weights.digest(full, stored), heads)
         return cls(
             load_engine(
                 name,
@@ -100,11 +109,10 @@ class Predictor:
                 threads=threads,
                 flips=flips,
                 probability=probability,
+                network=network,
             ),
             config,
-            digest=weights.digest(
-                config, arrays, mode=mode, precision=PRECISION[name], **({"flips": "mean"} if flips else {})
-            ),
+            digest=weights.digest(config, arrays, **decision),
             tile_px=tile_px,
         )
 
@@ -229,14 +237,18 @@ def load_engine(
     threads: int | None = None,
     flips: bool = False,
     probability: bool = False,
+    network: Any = None,
 ) -> Engine:
-    """An engine by its name, of a network of these weights. Loads no other library than the engine's."""
-    how: Any = {"threads": threads, "flips": flips, "probability": probability}
-    if name == "openvino":
-        from unetpp.openvino_engine import OpenVINOEngine
-        from unetpp.openvino_graph import network
+    """An engine by its name, of a network of these weights. Loads no other library than the engine's.
 
-        return OpenVINOEngine(network(config, arrays), config, mode, **how)
+    `network` is an OpenVINO engine's, where it is not to be made from the weights: a quantised one.
+    """
+    how: Any = {"threads": threads, "flips": flips, "probability": probability}
+    if name in ("openvino", "openvino-int8"):
+        from unetpp.openvino_engine import OpenVINOEngine
+        from unetpp.openvino_graph import network as network_of
+
+        return OpenVINOEngine(network or network_of(config, arrays), config, mode, **how)
     from unetpp.checkpoint import model_of
 
     model = model_of(config, arrays)

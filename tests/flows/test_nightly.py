@@ -127,6 +127,29 @@ def test_a_second_night_does_nothing_and_says_so(
     assert [line for line in done.stderr.splitlines() if line and not ours.match(line)] == []
 
 
+def test_a_night_in_int8_goes_on_in_float32_until_there_is_an_int8_form(
+    first_night: Night, night_config: NightlyConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict = night_config.predict.model_copy(update={"engine": "openvino-int8"})
+    changed = {"predict": predict, "on_new_model": "all", "output": f"{night_config.output}-int8"}
+    asked = night_config.model_copy(update=changed)
+    outcome, float32 = nightly(asked)
+    assert outcome.quantised is None
+    assert f"{outcome.pruned.digest[:10]} has no int8 form, so it computes in float32" in caplog.text
+    caplog.clear()
+    outcome, int8 = nightly(asked.model_copy(update={"quantise": True, "max_iou_drop": 0.9}))
+    assert outcome.quantised is not None
+    assert outcome.quantised.accepted
+    assert outcome.quantised.digest == outcome.pruned.digest
+    assert registry.has_int8(night_config.models, outcome.pruned.digest)
+    assert "has no int8 form" not in caplog.text
+    assert int8.num_predicted == float32.num_predicted == int8.num_listed
+    assert int8.model_digest != float32.model_digest
+    outcome, again = nightly(asked.model_copy(update={"quantise": True, "max_iou_drop": 0.9}))
+    assert outcome.quantised is None  # it has one
+    assert (again.status, again.model_digest) == ("unchanged", int8.model_digest)
+
+
 def test_a_night_that_fails_passes_the_jobs_exit_code_on(first_night: Night, night_config: NightlyConfig) -> None:
     broken = night_config.model_copy(update={"input": night_config.input + "-absent"})
     with pytest.raises(JobError) as failed:
