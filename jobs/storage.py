@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
 
-from jobs import disk, foreign, s3
+from jobs import disk, foreign, s3, s3_uri
 from unetpp.errors import ConfigError, StorageError
 from unetpp.spans import ReadFile
 
@@ -53,7 +53,7 @@ def canonical(uri: str | Path) -> str:
     text = os.fspath(uri)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "s3":
-        s3.split(text)
+        s3_uri.split(text)
         return text.rstrip("/")
     if scheme == "file":
         parts = urlsplit(text)
@@ -70,7 +70,7 @@ def canonical(uri: str | Path) -> str:
 
 def plain(uri: str) -> str:
     """The location without the name of a storage profile: what other programs, and rows, call it."""
-    return s3.without_profile(uri) if is_remote(uri) else uri
+    return s3_uri.without_profile(uri) if is_remote(uri) else uri
 
 
 def join(uri: str | Path, *parts: str) -> str:
@@ -174,12 +174,15 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
 
 
 def upload_file(path: str | Path, uri: str | Path) -> None:
-    """Copy a local file to a URI, over what is there: readers see the old or the new."""
+    """Copy a local file to a URI, a part of it in memory at a time: no reader sees half of it.
+
+    A local file is replaced. In object storage nothing is: ConfigError where the name is taken by other bytes.
+    """
     place = _writable(uri)
-    if is_remote(place):
-        s3.connect(place).write(place, Path(path).read_bytes())
-    else:
+    if not is_remote(place):
         disk.copy(os.fspath(path), place)
+    elif not s3.connect(place).put_file_if_absent(Path(path), place):
+        raise ConfigError(f"there is another object {place}: name a place that is free, or remove it first")
 
 
 def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = None) -> bool:

@@ -60,7 +60,7 @@ def mosaic(arguments: argparse.Namespace, folder: Path, side: int, *options: str
 
 
 def drawn_model(path: Path, model_dir: Path) -> None:
-    """Save a model of few filters, drawn with a seed; the middle of what each head says of an image is its threshold."""
+    """Save a model of few filters, drawn with a seed; the middle of what a head says of an image is its threshold."""
     torch.manual_seed(0)
     config = ModelConfig(filters=(4, 8, 16, 32, 64), value_range=ValueRange(uint16=(0, 4080)))
     model = UNetPlusPlus(config).eval()
