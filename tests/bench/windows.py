@@ -3,7 +3,8 @@
     python -m tests.bench.windows --data ../shared/data/dsb2018 --maker ../shared/data/large/make_mosaic.py \\
         --out tests/bench/results/windows.json
 
-For a 6144 x 6144 16-bit and a 16384 x 16384 RGB mosaic, in a SeaweedFS behind a proxy that counts, and each level:
+For mosaics of 6144 x 6144 (16-bit grey, and RGB) and of 16384 x 16384 (RGB), in a SeaweedFS behind a proxy that counts,
+and each level:
 `predict` in one process with windows of --window-px, `assemble`, and then
 
 - boxes: in corners, at borders, over joints of windows and anywhere, predicted alone with their margin, from the
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,16 @@ from unetpp.tiles import Box
 
 BOX_PX, NUM_BOXES = 160, 64
 DRAWN = "drawn"
+KINDS = {"grey": ("--kind", "fluo", "--u16"), "colour": ()}
 EVERY_S = 0.2
 
 
-def mosaic(arguments: argparse.Namespace, folder: Path, side: int, *options: str) -> Path:
+def mosaic(arguments: argparse.Namespace, folder: Path, kind: str, side: int) -> Path:
     """A large image made of the data set's test images; made once."""
-    path = folder / f"mosaic-{side}.tif"
+    path = folder / f"{kind}-{side}.tif"
+    words = [sys.executable, arguments.maker, arguments.data, path, str(side), "--split", "test", *KINDS[kind]]
     if not path.exists():
-        subprocess.run([sys.executable, arguments.maker, arguments.data, path, str(side), *options], check=True)
+        subprocess.run(words, check=True)
     return path
 
 
@@ -230,51 +234,57 @@ def whole(arguments: argparse.Namespace, folder: Path, image: np.ndarray, level:
     return {"side": side, "num_wrong": int(((seen_HW > 0) != (whole_HW > 0)).sum())}
 
 
+def levels_of(arguments: argparse.Namespace) -> list[int]:
+    """Those that were asked for, else all that the model has a head of."""
+    if arguments.levels is None:
+        return list(read_pretrained(arguments.model).model.head_levels)
+    return [int(level) for level in arguments.levels.split(",")]
+
+
+def measure(arguments: argparse.Namespace, folder: Path, server: SeaweedFS) -> Iterator[dict[str, Any]]:
+    """Make the images, put them into the store, and run everything."""
+    proxy, model = FaultProxy(server.url), arguments.model
+    for name in arguments.images.split(","):
+        kind, side = name.split("-")
+        path = mosaic(arguments, arguments.folder or folder, kind, int(side))
+        if arguments.model == DRAWN:
+            arguments.model = str(folder / DRAWN)
+            drawn_model(path, folder / DRAWN)
+        os.environ["AWS_ENDPOINT_URL"] = server.url
+        storage.upload_file(path, f"s3://archive/{path.stem}/{path.name}")
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        for level in levels_of(arguments):
+            yield {"image": name, "model": model} | one_level(arguments, folder, proxy, path, level)
+    proxy.close()
+
+
 def main() -> None:
-    """Make the images, run everything, and write the result."""
+    """Measure, and write the result: beside what the file has of other images, models and levels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--maker", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--model", default=DRAWN)
     parser.add_argument("--levels", default=None, help="such as 1,2; default: all that the model has a head of")
-    parser.add_argument("--images", default="grey,colour")
-    parser.add_argument("--grey-px", type=int, default=6144)
-    parser.add_argument("--colour-px", type=int, default=16384)
+    parser.add_argument("--images", default="grey-6144,colour-6144,colour-16384")
     parser.add_argument("--window-px", type=int, default=2048)
     parser.add_argument("--other-px", type=int, default=3072, help="0: no second run")
     parser.add_argument("--whole-px", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="where the images are kept between calls; default: nowhere")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    images = {"grey": (arguments.grey_px, ("--kind", "fluo", "--u16")), "colour": (arguments.colour_px, ())}
-    result: dict[str, Any] = {"setting": setting(), "model": arguments.model, "images": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        kept = arguments.folder or folder
-        kept.mkdir(exist_ok=True, parents=True)
-        (folder / "store").mkdir()
-        with SeaweedFS(folder / "store") as server:
+    found: list[dict[str, Any]] = []
+    if arguments.out.exists():
+        found = json.loads(arguments.out.read_text())["measured"]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        store.mkdir()
+        with SeaweedFS(store) as server:
             os.environ.update(server.environment, AWS_EC2_METADATA_DISABLED="true")
-            proxy = FaultProxy(server.url)
-            for kind in arguments.images.split(","):
-                side, options = images[kind]
-                path = mosaic(arguments, kept, side, "--split", "test", *options)
-                if arguments.model == DRAWN:
-                    arguments.model = str(folder / DRAWN)
-                    drawn_model(path, folder / DRAWN)
-                levels = list(read_pretrained(arguments.model).model.head_levels)
-                if arguments.levels is not None:
-                    levels = [int(level) for level in arguments.levels.split(",")]
-                os.environ["AWS_ENDPOINT_URL"] = server.url
-                storage.upload_file(path, f"s3://archive/{path.stem}/{path.name}")
-                os.environ["AWS_ENDPOINT_URL"] = proxy.url
-                shown: dict[str, Any] = {"kind": kind, "side": side, "levels": []}
-                result["images"].append(shown)
-                for level in levels:
-                    shown["levels"].append(one_level(arguments, folder, proxy, path, level))
-                    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-            proxy.close()
+            for one in measure(arguments, Path(folder), server):
+                same = [one[name] for name in ("image", "model", "level")]
+                found = [old for old in found if [old[name] for name in ("image", "model", "level")] != same] + [one]
+                arguments.out.write_text(json.dumps({"setting": setting(), "measured": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
