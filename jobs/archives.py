@@ -35,8 +35,9 @@ class Archive:
         self.limits, self.columns = limits, columns
 
     def open(self) -> BinaryIO:
-        """The archive as a file."""
-        return storage.open_stream(self.uri, self.etag, self.size_bytes)
+        """The archive as a file; of a Parquet file only the columns that are wanted are to be read."""
+        how = storage.open_file if self.kind == "parquet" else storage.open_stream
+        return how(self.uri, self.etag, self.size_bytes)
 
     def members(self, indexes_uri: str) -> list[Member]:
         """Every member, as `index` or an earlier call of this found them; a zip's directory is asked every time."""

@@ -57,7 +57,7 @@ def read(uri: str) -> list[Member] | None:
 def is_needed(uri: str, found: StoredObject) -> bool:
     """Whether the archive that an index is of is there, in that version; also where its store does not say."""
     try:
-        with storage.open_stream(uri, found.etag, found.size_bytes) as file:
+        with storage.open_file(uri, found.etag, found.size_bytes) as file:
             said = (pq.read_schema(file).metadata or {}).get(ARCHIVE)
     except (ImageError, pa.ArrowException):  # gone or changed by now, or damaged
         return False

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
@@ -148,11 +148,16 @@ class _Stored(ReadFile):
         return read_range(self._uri, start, stop, self._etag)
 
 
-def open_stream(uri: str | Path, etag: str, size_bytes: int) -> io.BufferedReader:
-    """The object, of that version, as a file to be read from its start, or anywhere, CHUNK_BYTES at a time.
+def open_file(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+    """The object, of that version, as a file of which what is read is what is asked for, a request each time.
 
-    What fails is asked for again from where it failed. Reads raise what `read_bytes` raises.
+    What fails is asked for again. Reads raise what `read_bytes` raises.
     """
+    return cast(BinaryIO, _Stored(_object(uri), etag, size_bytes))
+
+
+def open_stream(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+    """As `open_file`, to be read on and on: CHUNK_BYTES at a time."""
     return io.BufferedReader(_Stored(_object(uri), etag, size_bytes), CHUNK_BYTES)
 
 
