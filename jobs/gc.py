@@ -13,7 +13,7 @@ import numpy as np
 
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
-from jobs.runs import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
+from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
 from jobs.storage import SCRATCH, StoredObject
 
 logger = logging.getLogger(__name__)
