@@ -191,12 +191,12 @@ def _mark(output: str, record: RunRecord) -> None:
 
 
 def _record(
-    name: str, newest: RunRecord, chosen: Sequence[str], content: bytes, shards: Sequence[Sequence[Piece]]
+    name: str, latest: RunRecord, chosen: Sequence[str], content: bytes, shards: Sequence[Sequence[Piece]]
 ) -> RunRecord:
     num_rows = sum(len(piece.rows) for pieces in shards for piece in pieces)
     changed = {
         "run": name,
-        "fingerprint": fingerprint({"compacts": sorted(chosen), "digest": newest.model_digest}),
+        "fingerprint": fingerprint({"compacts": sorted(chosen), "digest": latest.model_digest}),
         "manifest": f"manifest-{uuid.uuid4().hex}.parquet",
         "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "num_shards": len(shards),
@@ -207,7 +207,7 @@ def _record(
         "parent": None,
         "compacts": tuple(sorted(chosen)),
     }
-    return newest.model_copy(update=changed)
+    return latest.model_copy(update=changed)
 
 
 def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[str, State]) -> None:
