@@ -247,9 +247,9 @@ def measure(arguments: argparse.Namespace, folder: Path, server: SeaweedFS) -> I
     for name in arguments.images.split(","):
         kind, side = name.split("-")
         path = mosaic(arguments, arguments.folder or folder, kind, int(side))
-        if arguments.model == DRAWN:
-            arguments.model = str(folder / DRAWN)
-            drawn_model(path, folder / DRAWN)
+        if model == DRAWN:
+            arguments.model = str(folder / f"{DRAWN}-{name}")
+            drawn_model(path, Path(arguments.model))
         os.environ["AWS_ENDPOINT_URL"] = server.url
         storage.upload_file(path, f"s3://archive/{path.stem}/{path.name}")
         os.environ["AWS_ENDPOINT_URL"] = proxy.url
@@ -284,7 +284,8 @@ def main() -> None:
             for one in measure(arguments, Path(folder), server):
                 same = [one[name] for name in ("image", "model", "level")]
                 found = [old for old in found if [old[name] for name in ("image", "model", "level")] != same] + [one]
-                arguments.out.write_text(json.dumps({"setting": setting(), "measured": found}, indent=1) + "\n")
+                lines = ",\n".join(map(json.dumps, found))
+                arguments.out.write_text(f'{{"setting": {json.dumps(setting())}, "measured": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
