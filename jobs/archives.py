@@ -1,25 +1,17 @@
 """How a shard's bytes are fetched: loose objects, and members of tar, zip and Parquet archives; nothing is extracted.
 
-A tar is streamed once for its index, which is kept below the output for the nights to come:
-```
-<output>/indexes/<hash of archive, version and limits>.parquet     derived; may be deleted
-```
+A tar is streamed once for its index, which is kept below the output for the nights to come (`jobs.indexes`).
 Members of a plain tar or a zip are read by range, neighbours together; those of a compressed tar by streaming it from
 its start to the last of them; those of a Parquet file batch by batch.
 """
 
 import functools
-import hashlib
-import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from jobs import members, parquet_images, storage, tar, zipped
+from jobs import indexes, members, parquet_images, storage, tar, zipped
 from jobs.manifest import Listed, ManifestRow
 from jobs.members import Limits, Member
 from jobs.parquet_images import Columns
@@ -31,7 +23,6 @@ Content = bytes | Ranged | ImageError
 
 GAP_BYTES = 64 << 10
 """Neighbours that are no further apart are read by one request."""
-_INDEX = pa.schema([("name", pa.string()), ("etag", pa.string()), ("size_bytes", pa.int64()), ("position", pa.int64())])
 
 
 class Archive:
@@ -44,23 +35,19 @@ class Archive:
         self.limits, self.columns = limits, columns
 
     def open(self) -> BinaryIO:
-        """The archive as a file."""
-        return storage.open_stream(self.uri, self.etag, self.size_bytes)
+        """The archive as a file; of a Parquet file only the columns that are wanted are to be read."""
+        how = storage.open_file if self.kind == "parquet" else storage.open_stream
+        return how(self.uri, self.etag, self.size_bytes)
 
     def members(self, indexes_uri: str) -> list[Member]:
         """Every member, as `index` or an earlier call of this found them; a zip's directory is asked every time."""
         if self.kind == "zip":
             return self._index()
         said = (storage.plain(self.uri), self.etag, self.kind, *self.limits, *self.columns)
-        uri = storage.join(indexes_uri, hashlib.sha256(repr(said).encode()).hexdigest()[:32] + ".parquet")
-        try:
-            return _decoded(storage.read_bytes(uri))
-        except FileNotFoundError:
+        uri = indexes.place(indexes_uri, said)
+        if (found := indexes.read(uri)) is None:
             found = self._index()
-        except pa.ArrowException:  # what was half written by other means, or damaged, is made anew
-            storage.delete(uri)
-            found = self._index()
-        storage.put_if_absent(uri, _encoded(found), root=indexes_uri.rpartition("/")[0])
+            indexes.put(uri, found, self.uri, self.etag)
         return found
 
     def _index(self) -> list[Member]:
@@ -240,16 +227,3 @@ def _in_one_pass(archive: Archive, rows: list[ManifestRow]) -> Iterator[Content]
         error = ImageError("integrity", f"{archive.uri} was whole when it was listed, and ends at {damaged.offset} now")
     if error is not None:
         yield from itertools.repeat(error, len(rows) - num_read)
-
-
-def _encoded(found: list[Member]) -> bytes:
-    columns = zip(*found, strict=True) if found else [[]] * len(_INDEX)
-    table = pa.table(dict(zip(_INDEX.names, map(list, columns), strict=True)), schema=_INDEX)
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _decoded(content: bytes) -> list[Member]:
-    table = pq.read_table(io.BytesIO(content), columns=_INDEX.names)
-    return [Member._make(row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]

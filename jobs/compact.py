@@ -21,34 +21,21 @@ What makes that safe:
 import hashlib
 import json
 import logging
-import math
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from jobs import manifest, sink, storage, table
 from jobs.contract import CompactConfig, Compaction, CompactResult, fingerprint
+from jobs.copied import Piece, cut, manifest_of, newest, num_parts
 from jobs.finish import write_up
-from jobs.manifest import identity
-from jobs.runs import (
-    COMPACTED,
-    Archive,
-    RunRecord,
-    State,
-    list_runs,
-    next_run,
-    pending_shards,
-    put_run,
-    read_record,
-)
-from jobs.table import GRID, PLACE, NewestOnly, Part
+from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, read_record
+from jobs.runs import Archive, pending_shards, put_run
+from jobs.table import Part
 from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -62,19 +49,12 @@ class _Kind(NamedTuple):
     write: tuple[str, ...]
 
 
-class _Piece(NamedTuple):
-    """Rows of a part that are the newest of their image."""
-
-    part: Part
-    rows: NDArray[np.int64]
-
-
 class _Copying(NamedTuple):
     """A compaction under way: the pieces of each of its shards."""
 
     archive: Archive
     record: RunRecord
-    shards: list[list[_Piece]]
+    shards: list[list[Piece]]
 
 
 def run(config: CompactConfig) -> CompactResult:
@@ -112,16 +92,16 @@ def _begin(output: str, kind: _Kind, part_bytes: int) -> _Copying | None:
             if _kind_of(record) == kind and states[run] != "compacted" and _is_small(parts.get(run, []), part_bytes)
         ]
         others = {run for run, record in records.items() if record.model_digest != kind.model_digest}
-        if (pieces := _newest(parts, chosen, others, before=name)) is None:
+        if (pieces := newest(parts, chosen, others, before=name)) is None:
             logger.info("model %s is left as it is: another model has done its images since", kind.model_digest[:10])
             return None
-        shards = _cut(pieces, part_bytes)
+        shards = cut(pieces, part_bytes)
         if len(shards) >= len({piece.part.uri for piece in pieces}):
             return None
-        newest = mine[max(chosen)]
-        archive = Archive.of(storage.join(output, "runs", newest.run), newest)
-        content = manifest.encode(_manifest(archive, mine, shards))
-        record = _record(name, newest, chosen, content, shards)
+        latest = mine[max(chosen)]
+        archive = Archive.of(storage.join(output, "runs", latest.run), latest)
+        content = manifest.encode(manifest_of(archive, mine, shards))
+        record = _record(name, latest, chosen, content, shards)
         if put_run(archive, record, content):
             return _Copying(archive, record, shards)
 
@@ -130,8 +110,8 @@ def _resume(output: str, record: RunRecord) -> _Copying:
     """The pieces of a compaction that was begun: those that its manifest names, which no newer row can change."""
     archive = Archive.of(storage.join(output, "runs", record.run), record)
     parts = table.parts_by_run(table.list_parts(output, record.model_digest))
-    pieces = iter(_newest(parts, record.compacts, (), before=record.run) or ())
-    shards: list[list[_Piece]] = []
+    pieces = iter(newest(parts, record.compacts, (), before=record.run) or ())
+    shards: list[list[Piece]] = []
     for shard in manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256):
         shards.append([])
         while sum(len(piece.rows) for piece in shards[-1]) < shard.num_images:
@@ -150,7 +130,7 @@ def _resume(output: str, record: RunRecord) -> _Copying:
 def _finish(copying: _Copying, started: float) -> Compaction:
     """Copy every shard, seal the run and mark the runs whose rows it holds."""
     archive, record, shards = copying
-    logger.info("%s: %d parts of %d runs become %d", record.run, _num_parts(shards), len(record.compacts), len(shards))
+    logger.info("%s: %d parts of %d runs become %d", record.run, num_parts(shards), len(record.compacts), len(shards))
     there = {part.shard for part in table.list_parts(archive.output_uri, record.model_digest, record.run)}
     for number, pieces in enumerate(shards):
         if number not in there:
@@ -164,12 +144,12 @@ def _finish(copying: _Copying, started: float) -> Compaction:
         sources=record.sources,
         compacted=record.compacts,
         num_rows=result.num_listed,
-        num_parts_before=_num_parts(shards),
+        num_parts_before=num_parts(shards),
         num_parts=len(shards),
     )
 
 
-def _copy(archive: Archive, record: RunRecord, shard: int, pieces: Sequence[_Piece], *, over: bool = False) -> None:
+def _copy(archive: Archive, record: RunRecord, shard: int, pieces: Sequence[Piece], *, over: bool = False) -> None:
     """Commit a shard; with `over`, write it over what is there."""
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -210,78 +190,13 @@ def _mark(output: str, record: RunRecord) -> None:
         storage.put_if_absent(uri, json.dumps({"by": record.run}).encode(), root=output)
 
 
-def _newest(
-    parts: dict[str, list[Part]], chosen: Collection[str], others: Collection[str], *, before: str
-) -> list[_Piece] | None:
-    """The rows of the chosen runs that are the newest of their image, or of a window of its newest grid.
-
-    In the runs before one, oldest run first.
-
-    None where one of the `others`, runs of other models, has a newer one.
-    """
-    newest_only, seen_elsewhere = NewestOnly(), set[bytes]()
-    by_run: list[list[_Piece]] = []
-    for run in sorted((run for run in parts if run < before), reverse=True):
-        pieces = []
-        for part, rows in table.scan_parts(parts[run], [*PLACE, *GRID]):
-            fresh = []
-            for number, row in enumerate(rows.to_pylist()):
-                image = identity(row["source_uri"], row["key"], "")
-                if run in others:
-                    seen_elsewhere.add(image)
-                elif newest_only.takes(row):
-                    fresh.append(number)
-                    if run in chosen and image in seen_elsewhere:
-                        return None
-            if fresh:
-                pieces.append(_Piece(part, np.array(fresh, np.int64)))
-        if run in chosen:
-            by_run.append(pieces)
-    return [piece for pieces in reversed(by_run) for piece in pieces]
-
-
-def _cut(pieces: Sequence[_Piece], part_bytes: int) -> list[list[_Piece]]:
-    """Pieces in shards of at most `part_bytes`, where a piece alone is not larger."""
-    shards: list[list[_Piece]] = []
-    num_bytes = math.inf
-    for piece in pieces:
-        if num_bytes + piece.part.size_bytes > part_bytes:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(piece)
-        num_bytes += piece.part.size_bytes
-    return shards
-
-
-def _manifest(archive: Archive, records: dict[str, RunRecord], shards: Sequence[Sequence[_Piece]]) -> pa.Table:
-    """The rows of the old runs' manifests that are copied, in their new shards."""
-    found = [manifest.SCHEMA.empty_table()]
-    placed = [(number, piece) for number, pieces in enumerate(shards) for piece in pieces]
-    for run, several in groupby(placed, key=lambda each: each[1].part.run):
-        record, mine = records[run], list(several)
-        listed = manifest.read(archive.run_uri(run, record.manifest), record.manifest_sha256)
-        names = [listed[name].to_pylist() for name in PLACE[1:]]
-        sources = [storage.plain(record.sources[number]) for number in listed["source"].to_pylist()]
-        row_of = {place: row for row, place in enumerate(zip(sources, *names, strict=True))}
-        for (shard, piece), (_, rows) in zip(
-            mine, table.scan_parts([piece.part for _, piece in mine], PLACE), strict=True
-        ):
-            places = rows.take(pa.array(piece.rows)).to_pylist()
-            if missing := [place for place in places if tuple(place.values()) not in row_of]:
-                raise StorageError(f"{piece.part.uri} has a row of {missing[0]['key']!r}, which run {run} never listed")
-            chosen = listed.take(pa.array([row_of[tuple(place.values())] for place in places]))
-            numbers = pa.array([shard] * len(chosen), pa.int32())
-            found.append(chosen.set_column(0, manifest.SCHEMA.field("shard"), numbers))
-    return pa.concat_tables(found)
-
-
 def _record(
-    name: str, newest: RunRecord, chosen: Sequence[str], content: bytes, shards: Sequence[Sequence[_Piece]]
+    name: str, latest: RunRecord, chosen: Sequence[str], content: bytes, shards: Sequence[Sequence[Piece]]
 ) -> RunRecord:
     num_rows = sum(len(piece.rows) for pieces in shards for piece in pieces)
     changed = {
         "run": name,
-        "fingerprint": fingerprint({"compacts": sorted(chosen), "digest": newest.model_digest}),
+        "fingerprint": fingerprint({"compacts": sorted(chosen), "digest": latest.model_digest}),
         "manifest": f"manifest-{uuid.uuid4().hex}.parquet",
         "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "num_shards": len(shards),
@@ -292,7 +207,7 @@ def _record(
         "parent": None,
         "compacts": tuple(sorted(chosen)),
     }
-    return newest.model_copy(update=changed)
+    return latest.model_copy(update=changed)
 
 
 def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[str, State]) -> None:
@@ -308,10 +223,6 @@ def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[
 def _is_small(parts: Sequence[Part], part_bytes: int) -> bool:
     """Whether a run's parts are worth copying: they are far from what they could be."""
     return sum(part.size_bytes for part in parts) < len(parts) * part_bytes / 2
-
-
-def _num_parts(shards: Sequence[Sequence[_Piece]]) -> int:
-    return sum(len(pieces) for pieces in shards)
 
 
 def _kind_of(record: RunRecord) -> _Kind:

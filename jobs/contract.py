@@ -680,7 +680,7 @@ class GcResult(Frozen):
     """What is, or was, garbage."""
 
     output_uri: str
-    objects: dict[str, int] = Field(description="number by kind: part, png, note, manifest, leftover")
+    objects: dict[str, int] = Field(description="number by kind: part, png, note, manifest, index, leftover")
     size_bytes: int
     deleted: bool
 

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import manifest, runs, storage, table
+from jobs import manifest, run_records, storage, table
 from jobs.contract import Attempt, ExplainConfig, ExplainResult
 
 COLUMNS = ["key", "source_uri", "etag", "attempts", "error_code", "error", "height", "width", "level"]
@@ -13,7 +13,7 @@ COLUMNS += ["class_pixels", "uncertainty", "mask_uri", "window_y", "window_x", "
 def run(config: ExplainConfig) -> ExplainResult:
     """Look the key up in the run's manifest and in the table. ConfigError where there is no such run."""
     run_uri = storage.canonical(config.run)
-    record, output = runs.read_record(run_uri), runs.output_of(run_uri)
+    record, output = run_records.read_record(run_uri), run_records.output_of(run_uri)
     listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256)
     found = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
     sources = pa.array([storage.plain(source) for source in record.sources])
@@ -24,7 +24,7 @@ def run(config: ExplainConfig) -> ExplainResult:
             chosen = batch.filter(pc.and_(pc.equal(batch["key"], config.key), is_ours))
             rows += [_attempt(row, part) for row in chosen.to_pylist()]
     first = found[0] if found else {}
-    was_committed = bool(found) and runs.state_of(run_uri) == "compacted"  # then another run holds its rows
+    was_committed = bool(found) and run_records.state_of(run_uri) == "compacted"  # then another run holds its rows
     return ExplainResult(
         run=record.run,
         key=config.key,

@@ -8,7 +8,8 @@ from collections import Counter
 from jobs import sink, storage, table
 from jobs.contract import ExitCode, PredictResult
 from jobs.report import write_report
-from jobs.runs import SUCCESS, Archive, RunRecord
+from jobs.run_records import SUCCESS, RunRecord
+from jobs.runs import Archive
 from unetpp.errors import ConfigError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)

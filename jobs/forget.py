@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from jobs import manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
-from jobs.runs import Archive, State, list_runs, read_record
+from jobs.run_records import State, list_runs, read_record
+from jobs.runs import Archive
 from jobs.sink import Footer
 from jobs.table import Part
 from unetpp.errors import ConfigError

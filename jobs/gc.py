@@ -1,8 +1,8 @@
 """Remove what no reader needs: `unetpp gc OUTPUT`. Lists it only, unless told to delete.
 
 Nothing that a row, an open run or a resumption needs is ever removed: PNGs of finished runs that no row names, parts
-whose rows another run holds (`unetpp compact`), notes of finished runs, manifests that no run was opened with,
-leftovers of killed writers.
+whose rows another run holds (`unetpp compact`), notes of finished runs, manifests that no run was opened with, indexes
+of archives that are gone or have another version, leftovers of killed writers.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jobs import sink, storage, table
+from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
-from jobs.runs import COMPACTED, HINTS, RunRecord, compacted_into, list_runs, read_record
+from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
 from jobs.storage import SCRATCH, StoredObject
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,10 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
         uri = storage.join(output, "runs", found.key)
         if found.key.split("/")[0] not in states and _is_old(uri, output, min_age_s):
             yield "manifest", uri, found.size_bytes
+    for found in storage.list_objects(storage.join(output, INDEXES), missing_ok=True):
+        uri = storage.join(output, INDEXES, found.key)
+        if _is_old(uri, output, min_age_s) and not indexes.is_needed(uri, found):
+            yield "index", uri, found.size_bytes
     for found in storage.list_objects(storage.join(output, SCRATCH), missing_ok=True):
         uri = storage.join(output, SCRATCH, found.key)
         if _is_old(uri, output, min_age_s):

@@ -21,7 +21,8 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from jobs import storage
-from jobs.runs import HINTS, Archive, RunRecord, State, state_of
+from jobs.run_records import HINTS, RunRecord, State, state_of
+from jobs.runs import Archive
 from unetpp.errors import UnetppError
 
 logger = logging.getLogger(__name__)

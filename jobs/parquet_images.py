@@ -12,6 +12,8 @@ IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content")
 NAME_COLUMNS = ("key", "id", "name", "file_name", "filename", "path")
 BROKEN = (OSError, pa.ArrowException, KeyError, ValueError)
 """What pyarrow raises for a file that is none, or damaged; the store has errors of its own."""
+BUFFER_BYTES = 8 << 20
+"""Of a column of a row group, read at once."""
 
 
 class Columns(NamedTuple):
@@ -88,7 +90,7 @@ def _member(value: Any, told: Any, row: int, limits: Limits) -> Member:
 
 
 def _open(stream: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=1 << 20)
+    return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=BUFFER_BYTES)
 
 
 def _values(

@@ -19,7 +19,8 @@ from jobs.finish import check_law, seal
 from jobs.lease import Lease
 from jobs.manifest import Shard
 from jobs.progress import Breaker, Drain, Progress, interruptible
-from jobs.runs import HINTS, Archive, Opening, RunRecord, open_run, pending_shards
+from jobs.run_records import HINTS, RunRecord
+from jobs.runs import Archive, Opening, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
 from jobs.sources import resolve

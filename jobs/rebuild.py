@@ -3,7 +3,8 @@
 from jobs import storage, table
 from jobs.contract import PredictResult, RebuildConfig
 from jobs.finish import write_up
-from jobs.runs import Archive, compacted_into, pending_shards, read_record, state_of
+from jobs.run_records import compacted_into, read_record, state_of
+from jobs.runs import Archive, pending_shards
 from unetpp.errors import ConfigError
 
 

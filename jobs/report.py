@@ -19,7 +19,8 @@ from jobs.archives import Content
 from jobs.contract import PredictResult
 from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
-from jobs.runs import Archive, RunRecord
+from jobs.run_records import RunRecord
+from jobs.runs import Archive
 from jobs.sink import Footer
 from jobs.sources import columns_of, limits_of
 from jobs.table import Part

@@ -6,7 +6,7 @@ rewritten, and `read_masks` shows the newest row of every image.
 
 from jobs import predict, storage
 from jobs.contract import PredictConfig, PredictResult, RetryConfig
-from jobs.runs import compacted_into, read_record, state_of
+from jobs.run_records import compacted_into, read_record, state_of
 from unetpp.errors import ConfigError
 
 

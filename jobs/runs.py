@@ -1,60 +1,24 @@
-"""A run's life in the store: opened once, resumed while parts are missing, sealed when all are there.
-
-```
-<output>/runs/<run id>/  run.json  manifest-<uuid>.parquet  hints/
-                         result.json  report.html  _SUCCESS.json | _ABANDONED.json  _COMPACTED.json
-```
-`run.json`, put if absent, opens a run; the parts in the table are its progress; all else can be rebuilt from these.
-"""
+"""A run's life in the store: opened once, resumed while parts are missing, abandoned where the settings changed."""
 
 import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
-
-from jobs import manifest, models, sink, storage, table
+from jobs import manifest, models, planning, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
+from jobs.done import Done, DoneWithin, done_before, still_failed
 from jobs.manifest import Shard
+from jobs.run_records import ABANDONED, INDEXES, RunRecord, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
 from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
-
-SUCCESS, ABANDONED, COMPACTED = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json"
-HINTS, INDEXES = "hints", "indexes"
-
-State = Literal["open", "sealed", "abandoned", "compacted"]
-"""Of a run. compacted: another run holds the newest of its rows, and its parts may be removed (`jobs.compact`)."""
-
-
-class RunRecord(BaseModel):
-    """run.json: what a run is. Written once."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run: str
-    fingerprint: str
-    sources: tuple[str, ...]
-    model_digest: str
-    write: tuple[str, ...]
-    manifest: str
-    manifest_sha256: str
-    num_shards: int
-    num_images: int
-    num_listed: int
-    num_unchanged: int
-    opened_at: datetime
-    parent: str | None = None
-    compacts: tuple[str, ...] = ()
-    """Of a run of `unetpp compact`: the runs whose rows it copies."""
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -179,11 +143,11 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             return Opening(opened, is_ours=True)
 
 
-def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> manifest.Plan:
+def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
     """What the archive lists and the table does not have. ConfigError where nothing is listed."""
 
-    def done_by(digest: str | None) -> table.Done:
-        return table.done_before(
+    def done_by(digest: str | None) -> Done:
+        return done_before(
             archive.output_uri,
             digest,
             sources=set(archive.source_uris),
@@ -192,20 +156,20 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
             waiting=waiting,
         )
 
-    done: manifest.DoneBefore
+    done: planning.DoneBefore
     match archive.config.on_new_model:
         case "all":
             done = done_by(archive.model_digest)
         case "new_only":
             done = done_by(None)
         case "backfill":
-            done = table.DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
+            done = DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
     from jobs.windows import Headers  # it loads torch, which looking after runs does without
 
     config = archive.config
     listing = Listing(archive.sources, config, storage.join(archive.output_uri, INDEXES))
     with Headers(archive.roots, config, archive.bands) as headers:
-        plan = manifest.plan(
+        plan = planning.plan(
             listing,
             sources=archive.source_uris,
             done=done,
@@ -222,14 +186,12 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
     return plan
 
 
-def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> manifest.Plan:
+def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
     """The parent's images that are still failed, of the versions that its manifest names."""
     (parent,) = [record for record in records if record.run == archive.parent]
-    failed = table.still_failed(
-        archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting
-    )
+    failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
-    return manifest.plan_again(
+    return planning.plan_again(
         listed,
         failed,
         sources=[storage.plain(source) for source in parent.sources],
@@ -237,22 +199,7 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
     )
 
 
-def output_of(run_uri: str) -> str:
-    """The output that a run's folder is below."""
-    return run_uri.removesuffix("/").rpartition("/runs/")[0]
-
-
-def next_run(found: Iterable[str]) -> str:
-    """The name of the run after those that there are."""
-    return f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
-
-
-def state_of(run_uri: str) -> State:
-    """How a run stands."""
-    return _state([name for name in (COMPACTED, SUCCESS, ABANDONED) if storage.exists(storage.join(run_uri, name))])
-
-
-def _open(archive: Archive, run: str, plan: manifest.Plan) -> RunRecord | None:
+def _open(archive: Archive, run: str, plan: planning.Plan) -> RunRecord | None:
     """Write the manifest and put run.json. None where somebody else opened a run of this number."""
     content = manifest.encode(plan.table)
     record = RunRecord(
@@ -339,49 +286,5 @@ def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
         list(threads.map(put, pending))
 
 
-def list_runs(output: str) -> dict[str, State]:
-    """Every run of an output, and how it stands. A folder without run.json is no run."""
-    files: dict[str, set[str]] = {}
-    for found in storage.list_objects(storage.join(output, "runs"), missing_ok=True):
-        run, _, name = found.key.partition("/")
-        if run[:1] == "r" and run[1:].isdecimal():
-            files.setdefault(run, set()).add(name)
-    return {run: _state(names) for run, names in files.items() if "run.json" in names}
-
-
-def _state(names: Collection[str]) -> State:
-    if COMPACTED in names:
-        return "compacted"
-    if SUCCESS in names:
-        return "sealed"
-    return "abandoned" if ABANDONED in names else "open"
-
-
-def compacted_into(run_uri: str) -> str:
-    """The run that holds the rows of a compacted run now. StorageError where its marker is damaged."""
-    found = _read_marker(run_uri)
-    following = storage.join(output_of(run_uri), "runs", found)
-    return compacted_into(following) if state_of(following) == "compacted" else found
-
-
-def _read_marker(run_uri: str) -> str:
-    uri = storage.join(run_uri, COMPACTED)
-    try:
-        return str(storage.read_json(uri)["by"])
-    except (FileNotFoundError, KeyError, TypeError):
-        raise StorageError(f"{uri} is damaged; `unetpp compact` makes it anew when it is removed") from None
-
-
 def _read_record(archive: Archive, run: str) -> RunRecord:
     return read_record(archive.run_uri(run))
-
-
-def read_record(run_uri: str) -> RunRecord:
-    """run.json of a run's folder. ConfigError where there is none, StorageError where it is damaged."""
-    uri = storage.join(run_uri, "run.json")
-    try:
-        return RunRecord.model_validate(storage.read_json(uri))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no run at {run_uri}; wanted <output>/runs/<run id>") from None
-    except ValueError as error:
-        raise StorageError(f"{uri} is damaged or of another version: {error}") from None

@@ -175,11 +175,11 @@ def _rows_of(source: Source, found: StoredObject, columns: Columns) -> Rows | No
     """The rows of a manifest that an input names; None where it is something else."""
 
     def open_it() -> BinaryIO:
-        return storage.open_stream(source.uri, found.etag, found.size_bytes)
+        return storage.open_file(source.uri, found.etag, found.size_bytes)
 
     name = found.key.lower()
     if name.endswith(".csv"):
-        return _csv_rows(source.uri, open_it())
+        return _csv_rows(source.uri, storage.open_stream(source.uri, found.etag, found.size_bytes))
     schema = parquet_images.schema_of(open_it()) if name.endswith(".parquet") else None
     if schema is None or parquet_images.has_images(schema, columns):
         return None

@@ -3,15 +3,15 @@
 from collections import Counter
 from datetime import UTC, datetime
 
-from jobs import runs, storage, table
+from jobs import run_records, storage, table
 from jobs.contract import StatusConfig, StatusResult
 
 
 def run(config: StatusConfig) -> StatusResult:
     """Count what is committed. ConfigError where there is no such run."""
     run_uri = storage.canonical(config.run)
-    record = runs.read_record(run_uri)
-    footers = table.read_footers(table.list_parts(runs.output_of(run_uri), record.model_digest, record.run))
+    record = run_records.read_record(run_uri)
+    footers = table.read_footers(table.list_parts(run_records.output_of(run_uri), record.model_digest, record.run))
     failures: Counter[str] = Counter()
     for footer in footers:
         failures.update(footer.failures)
@@ -23,7 +23,7 @@ def run(config: StatusConfig) -> StatusResult:
     if last is not None:
         first = min(footer.committed_at - footer.seconds for footer in done)
         rate = num_done / max(last - first, 1e-9)
-    state = runs.state_of(run_uri)
+    state = run_records.state_of(run_uri)
     return StatusResult(
         run=record.run,
         state=state,
@@ -31,7 +31,7 @@ def run(config: StatusConfig) -> StatusResult:
         model_digest=record.model_digest,
         opened_at=record.opened_at,
         parent=record.parent,
-        compacted_into=runs.compacted_into(run_uri) if state == "compacted" else None,
+        compacted_into=run_records.compacted_into(run_uri) if state == "compacted" else None,
         num_shards=record.num_shards,
         num_shards_done=len(done),
         num_images=record.num_images,

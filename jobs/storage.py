@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
 
-from jobs import disk
+from jobs import disk, s3_uri
 from unetpp.errors import ConfigError, StorageError
 from unetpp.spans import ReadFile
 
@@ -56,9 +56,7 @@ def canonical(uri: str | Path) -> str:
     text = os.fspath(uri)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme == "s3":
-        from jobs import s3
-
-        s3.split(text)
+        s3_uri.split(text)
         return text.rstrip("/")
     if scheme == "file":
         parts = urlsplit(text)
@@ -77,11 +75,7 @@ def canonical(uri: str | Path) -> str:
 
 def plain(uri: str) -> str:
     """The location without the name of a storage profile: what other programs, and rows, call it."""
-    if not is_remote(uri):
-        return uri
-    from jobs import s3
-
-    return s3.without_profile(uri)
+    return s3_uri.without_profile(uri) if is_remote(uri) else uri
 
 
 def join(uri: str | Path, *parts: str) -> str:
@@ -170,11 +164,16 @@ class _Stored(ReadFile):
         return read_range(self._uri, start, stop, self._etag)
 
 
-def open_stream(uri: str | Path, etag: str, size_bytes: int) -> io.BufferedReader:
-    """The object, of that version, as a file to be read from its start, or anywhere, CHUNK_BYTES at a time.
+def open_file(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+    """The object, of that version, as a file of which what is read is what is asked for, a request each time.
 
-    What fails is asked for again from where it failed. Reads raise what `read_bytes` raises.
+    What fails is asked for again. Reads raise what `read_bytes` raises.
     """
+    return cast(BinaryIO, _Stored(_object(uri), etag, size_bytes))
+
+
+def open_stream(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+    """As `open_file`, to be read on and on: CHUNK_BYTES at a time."""
     return io.BufferedReader(_Stored(_object(uri), etag, size_bytes), CHUNK_BYTES)
 
 
@@ -196,12 +195,15 @@ def write_bytes(uri: str | Path, content: bytes) -> None:
 
 
 def upload_file(path: str | Path, uri: str | Path) -> None:
-    """Copy a local file to a URI, over what is there: readers see the old or the new."""
+    """Copy a local file to a URI, a part of it in memory at a time: no reader sees half of it.
+
+    A local file is replaced. In object storage nothing is: ConfigError where the name is taken by other bytes.
+    """
     place = _writable(uri)
-    if is_remote(place):
-        _s3(place).write(place, Path(path).read_bytes())
-    else:
+    if not is_remote(place):
         disk.copy(os.fspath(path), place)
+    elif not _s3(place).put_file_if_absent(Path(path), place):
+        raise ConfigError(f"there is another object {place}: name a place that is free, or remove it first")
 
 
 def put_if_absent(uri: str | Path, content: bytes, *, root: str | Path | None = None) -> bool:

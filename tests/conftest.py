@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -54,6 +55,15 @@ def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 def s3_prefix(s3_environment: dict[str, str]) -> str:
     """An empty prefix in the test's S3 server."""
     return f"s3://archive/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def counting_proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """AWS_* of this process lead to the test's S3 server through a proxy that counts."""
+    proxy = FaultProxy(s3_environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs import manifest, sink, table
+from jobs import done, manifest, planning, sink
 from jobs.manifest import Listed
 from jobs.storage import StoredObject
 from tests.bench.setting import setting
@@ -58,11 +58,11 @@ def write_table(output: str, num_objects: int) -> None:
 def plan(output: str, num_objects: int) -> dict[str, int]:
     """Plan as a run does, and say what it took at most."""
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done = table.done_before(
+    before = done.done_before(
         output, DIGEST, sources={SOURCE}, write=("parquet",), written_by_run={"r00001": ("parquet",)}, waiting=()
     )
-    planned = manifest.plan(
-        (Listed(0, *found) for found in listing(num_objects)), sources=[SOURCE], done=done, shard_images=64
+    planned = planning.plan(
+        (Listed(0, *found) for found in listing(num_objects)), sources=[SOURCE], done=before, shard_images=64
     )
     size = len(manifest.encode(planned.table))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

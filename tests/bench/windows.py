@@ -3,15 +3,20 @@
     python -m tests.bench.windows --data ../shared/data/dsb2018 --maker ../shared/data/large/make_mosaic.py \\
         --out tests/bench/results/windows.json
 
-For a 6144 x 6144 16-bit and a 16384 x 16384 RGB mosaic, in a SeaweedFS behind a proxy that counts, and each level:
+For mosaics of 6144 x 6144 (16-bit grey, and RGB) and of 16384 x 16384 (RGB), in a SeaweedFS behind a proxy that counts,
+and each level:
 `predict` in one process with windows of --window-px, `assemble`, and then
 
 - boxes: in corners, at borders, over joints of windows and anywhere, predicted alone with their margin, from the
   pixels that another reader gives;
 - again: a second run with windows of --other-px, pixel by pixel;
 - whole: a corner of --whole-px as an image of its own in windows of a quarter, against one forward of all of it;
-- memory: the largest resident size of the process and of its decoder; bytes: what crossed the wire (for a few windows
-  again, for the report's pictures), and what was needed.
+- memory: the largest resident size of the process and of its decoder;
+- bytes that crossed the wire: those of the file's tiles, and others; needed are the tiles that the windows and their
+  margins touch, and the report's pictures come on top.
+
+The model is the packaged one, or of few filters that are drawn and never trained (--model drawn): all four levels in
+minutes, with masks that are as winding as any.
 """
 
 import argparse
@@ -22,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +42,68 @@ from jobs.manifest import ManifestRow
 from tests.bench.setting import setting
 from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
-from unetpp.predictor import Predictor
-from unetpp.spans import BLOCK_BYTES
+from unetpp.checkpoint import read_pretrained, save_pretrained
+from unetpp.config import ModelConfig, ValueRange
+from unetpp.model import UNetPlusPlus
+from unetpp.predictor import Predictor, logits_by_level
 from unetpp.tiles import Box
 
 BOX_PX, NUM_BOXES = 160, 64
-EVERY_S = 0.05
+DRAWN = "drawn"
+KINDS = {"grey": ("--kind", "fluo", "--u16"), "colour": ()}
+EVERY_S = 0.2
 
 
-def mosaic(arguments: argparse.Namespace, folder: Path, side: int, *options: str) -> Path:
+def mosaic(arguments: argparse.Namespace, folder: Path, kind: str, side: int) -> Path:
     """A large image made of the data set's test images; made once."""
-    path = folder / f"mosaic-{side}.tif"
+    path = folder / f"{kind}-{side}.tif"
+    words = [sys.executable, arguments.maker, arguments.data, path, str(side), "--split", "test", *KINDS[kind]]
     if not path.exists():
-        subprocess.run([sys.executable, arguments.maker, arguments.data, path, str(side), *options], check=True)
+        subprocess.run(words, check=True)
     return path
+
+
+def drawn_model(path: Path, model_dir: Path) -> None:
+    """Save a model of few filters, drawn with a seed; the middle of what a head says of an image is its threshold."""
+    torch.manual_seed(0)
+    config = ModelConfig(filters=(4, 8, 16, 32, 64), value_range=ValueRange(uint16=(0, 4080)))
+    model = UNetPlusPlus(config).eval()
+    for level, logits_HWK in logits_by_level(model, tifffile.imread(path)[:1024, :1024]).items():
+        low, high = np.quantile(logits_HWK, (0.02, 0.98))
+        model.heads[str(level)].bias.data -= (low + high) / 2
+    save_pretrained(model, model_dir)
 
 
 def measured(words: list[str]) -> dict[str, Any]:
     """Run `unetpp words`, and say how long it took and what it and its decoders held in memory at most, MiB."""
-    started, peaks = time.monotonic(), {"process": 0, "decoder": 0, "together": 0}
+    started, peaks = time.monotonic(), {"process": 0, "decoder": 0}
     with psutil.Popen(
         [sys.executable, "-m", "jobs.cli", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
         while process.poll() is None:
-            sizes = {"process": 0, "decoder": 0}
-            for member, name in ((process, "process"), *((child, "decoder") for child in _children(process))):
-                try:
-                    sizes[name] = max(sizes[name], member.memory_info().rss >> 20)
-                except psutil.NoSuchProcess:
-                    continue
-            for name, size in {**sizes, "together": sum(sizes.values())}.items():
-                peaks[name] = max(peaks[name], size)
+            for member in (process, *_children(process)):
+                name = "process" if member == process else "decoder"
+                peaks[name] = max(peaks[name], _peak_mib(member.pid))
             time.sleep(EVERY_S)
     assert process.returncode == 0, words
     return {"seconds": round(time.monotonic() - started, 1), "peak_mib": peaks}
 
 
+def _peak_mib(pid: int) -> int:
+    """The largest resident size of a process since it began; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), 0)
+
+
 def _children(process: psutil.Process) -> list[psutil.Process]:
     """Its decoders: not what is its copy still, about to become one."""
-    found = []
-    for child in psutil.process_iter(["ppid", "cmdline"]):
-        if child.info["ppid"] == process.pid and "jobs.guarded_child" in (child.info["cmdline"] or ()):
-            found.append(child)
-    return found
+    try:
+        return [child for child in process.children() if "jobs.guarded_child" in child.cmdline()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def chosen_boxes(height: int, width: int, window_px: int) -> list[Box]:
@@ -98,7 +124,7 @@ def chosen_boxes(height: int, width: int, window_px: int) -> list[Box]:
 
 def wrong_pixels(image: np.ndarray, mask_HW: np.ndarray, predictor: Predictor, window_px: int) -> dict[str, int]:
     """How many pixels of the boxes differ from what each gives alone, in a cut that is no window of ours."""
-    num_wrong = 0
+    num_wrong = num_foreground = 0
     margin = -(-predictor.config.halo_px // 64) * 64
     boxes = chosen_boxes(*image.shape[:2], window_px)
     for box in boxes:
@@ -106,13 +132,25 @@ def wrong_pixels(image: np.ndarray, mask_HW: np.ndarray, predictor: Predictor, w
         (alone_HW,) = predictor([np.array(image[y0 : box.y1 + margin, x0 : box.x1 + margin])])
         seen_HW = alone_HW[box.y0 - y0 : box.y1 - y0, box.x0 - x0 : box.x1 - x0]
         num_wrong += int(((mask_HW[box.slices] > 0) != (seen_HW > 0)).sum())
-    return {"num_boxes": len(boxes), "num_pixels": len(boxes) * BOX_PX**2, "num_wrong": num_wrong}
+        num_foreground += int((seen_HW > 0).sum())
+    return {
+        "num_boxes": len(boxes),
+        "num_pixels": len(boxes) * BOX_PX**2,
+        "num_foreground": num_foreground,
+        "num_wrong": num_wrong,
+    }
 
 
-def needed_bytes(path: Path, window_px: int, predictor: Predictor) -> int:
-    """Bytes of the tiles that the windows and their margins touch, each once a window."""
-    page = tifffile.TiffFile(path).pages[0]
+def tiles_of(page: tifffile.TiffPage, box: Box) -> list[int]:
+    """The numbers of the tiles that a box touches."""
     num_columns = -(-page.imagewidth // page.tilewidth)
+    rows = range(box.y0 // page.tilelength, -(-box.y1 // page.tilelength))
+    columns = range(box.x0 // page.tilewidth, -(-box.x1 // page.tilewidth))
+    return [y * num_columns + x for y in rows for x in columns]
+
+
+def needed_bytes(page: tifffile.TiffPage, window_px: int, predictor: Predictor) -> int:
+    """Bytes of the tiles that the windows and their margins touch, each once a window."""
     boxes = windows.grid(page.imagelength, page.imagewidth, window_px)
     total = 0
     for box in boxes:
@@ -122,104 +160,132 @@ def needed_bytes(path: Path, window_px: int, predictor: Predictor) -> int:
             *(*page.shape[:2], 0, None),
         )
         part = windows.reading(row, predictor.config)
-        outer = box if part is None else part.outer
-        rows = range(outer.y0 // page.tilelength, -(-outer.y1 // page.tilelength))
-        columns = range(outer.x0 // page.tilewidth, -(-outer.x1 // page.tilewidth))
-        total += sum(page.databytecounts[y * num_columns + x] for y in rows for x in columns)
+        total += sum(page.databytecounts[n] for n in tiles_of(page, box if part is None else part.outer))
     return total
 
 
-def one_image(arguments: argparse.Namespace, folder: Path, proxy: FaultProxy, path: Path, level: int) -> dict[str, Any]:
+def bytes_of_tiles(page: tifffile.TiffPage, ranges: list[tuple[int, int]]) -> int:
+    """Of some ranges of the file, the bytes that belong to tiles that lie in them whole."""
+    tiles = sorted(zip(page.dataoffsets, page.databytecounts, strict=True))
+    total = 0
+    for start, stop in ranges:
+        for offset, size in tiles[bisect_left(tiles, (start, 0)) :]:
+            if offset + size > stop:
+                break
+            total += size
+    return total
+
+
+def one_run(
+    arguments: argparse.Namespace, folder: Path, proxy: FaultProxy, path: Path, predictor: Predictor, window_px: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Predict and assemble an image: what it took, and the mask."""
+    level, page = predictor.level, tifffile.TiffFile(path).pages[0]
+    output, mask = folder / f"{path.stem}-L{level}-{window_px}", folder / f"{path.stem}-L{level}-{window_px}.tif"
+    words = ["--model", arguments.model, "--level", str(level), "--input", f"s3://archive/{path.stem}"]
+    words += ["--window-px", str(window_px), "--backend", "inline", "--threads", "1", "--write", "parquet"]
+    proxy.bodies.clear()
+    proxy.ranges.clear()
+    run = {"window_px": window_px, "num_windows": len(windows.grid(*page.shape[:2], window_px))}
+    run |= measured(["predict", *words, "--output", str(output)])
+    ranges = [(start, stop) for where, start, stop in proxy.ranges if path.name in where]
+    num_read, of_tiles = proxy.bytes_of("GET", path.name), bytes_of_tiles(page, ranges)
+    run["num_requests"] = len(proxy.bodies)
+    run["bytes"] = {"file": path.stat().st_size, "needed": needed_bytes(page, window_px, predictor)}
+    run["bytes"] |= {"of_tiles": of_tiles, "others": num_read - of_tiles}
+    run["assemble"] = measured(["assemble", str(output), path.name, "--out", str(mask)])
+    return run, tifffile.imread(mask)
+
+
+def one_level(arguments: argparse.Namespace, folder: Path, proxy: FaultProxy, path: Path, level: int) -> dict[str, Any]:
     """Predict, assemble and compare one image at one level."""
     predictor = Predictor.from_pretrained(arguments.model, level=level)
-    source = f"s3://archive/{path.stem}"
-    masks: list[np.ndarray] = []
-    runs = []
-    for window_px in (arguments.window_px, arguments.other_px):
-        output = folder / f"{path.stem}-L{level}-{window_px}"
-        before, num_before = proxy.bytes_of("GET", path.name), len(proxy.bodies)
-        words = ["--model", arguments.model, "--level", str(level), "--input", source, "--output", str(output)]
-        words += ["--window-px", str(window_px), "--backend", "inline", "--threads", "1", "--write", "parquet"]
-        run = measured(["predict", *words])
-        run["bytes_read"] = proxy.bytes_of("GET", path.name) - before
-        run["num_requests"] = len(proxy.bodies) - num_before
-        run["bytes_needed"] = needed_bytes(path, window_px, predictor)
-        mask = folder / f"{path.stem}-L{level}-{window_px}.mask.tif"
-        run["assemble"] = measured(["assemble", str(output), path.name, "--out", str(mask)])
-        masks.append(tifffile.imread(mask))
-        num_windows = len(windows.grid(*masks[0].shape, window_px))
-        run |= {"window_px": window_px, "num_windows": num_windows}
-        run["bytes_for_headers_at_most"] = (num_windows + 2) * 4 * BLOCK_BYTES
-        runs.append(run)
+    first, mask_HW = one_run(arguments, folder, proxy, path, predictor, arguments.window_px)
     image = tifffile.imread(path)
-    return {
+    shown = {
         "level": level,
-        "runs": runs,
-        "boxes": wrong_pixels(image, masks[0], predictor, arguments.window_px),
-        "again": {"num_pixels": masks[0].size, "num_wrong": int((masks[0] != masks[1]).sum())},
-        "foreground": round(float((masks[0] > 0).mean()), 4),
+        "foreground": round(float((mask_HW > 0).mean()), 4),
+        "runs": [first],
+        "boxes": wrong_pixels(image, mask_HW, predictor, arguments.window_px),
+        "whole": whole(arguments, folder, image, level),
     }
+    if arguments.other_px:
+        second, again_HW = one_run(arguments, folder, proxy, path, predictor, arguments.other_px)
+        shown["runs"].append(second)
+        shown["again"] = {"num_pixels": mask_HW.size, "num_wrong": int((mask_HW != again_HW).sum())}
+    return shown
 
 
-def whole(arguments: argparse.Namespace, folder: Path, path: Path, level: int) -> dict[str, Any]:
+def whole(arguments: argparse.Namespace, folder: Path, image: np.ndarray, level: int) -> dict[str, Any]:
     """A corner as an image of its own: windows against one forward of all of it."""
     side = arguments.whole_px
-    source, output, mask = folder / "corner", folder / f"corner-L{level}", folder / f"corner-L{level}.tif"
-    source.mkdir(exist_ok=True)
-    image = tifffile.imread(path)[:side, :side]
-    tifffile.imwrite(source / "corner.tif", image, tile=(256, 256), compression="deflate", bigtiff=True)
-    words = ["--model", arguments.model, "--level", str(level), "--input", str(source), "--output", str(output)]
-    words += ["--window-px", str(side // 4), "--backend", "inline", "--threads", "1", "--write", "parquet"]
-    measured(["predict", *words])
-    measured(["assemble", str(output), "corner.tif", "--out", str(mask)])
-    (whole_HW,) = Predictor.from_pretrained(arguments.model, level=level, tile_px=side)([image])
-    return {
-        "level": level,
-        "side": side,
-        "num_wrong": int(((tifffile.imread(mask) > 0) != (whole_HW > 0)).sum()),
-    }
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        source, output, mask = (os.path.join(place, name) for name in ("source", "output", "mask.tif"))
+        os.mkdir(source)
+        corner = os.path.join(source, "corner.tif")
+        tifffile.imwrite(corner, image[:side, :side], tile=(256, 256), compression="deflate", bigtiff=True)
+        words = ["--model", arguments.model, "--level", str(level), "--input", source, "--output", output]
+        words += ["--window-px", str(side // 4), "--backend", "inline", "--threads", "1", "--write", "parquet"]
+        measured(["predict", *words])
+        measured(["assemble", output, "corner.tif", "--out", mask])
+        seen_HW = tifffile.imread(mask)
+    predictor = Predictor.from_pretrained(arguments.model, level=level, tile_px=side)
+    (whole_HW,) = predictor([image[:side, :side]])
+    return {"side": side, "num_wrong": int(((seen_HW > 0) != (whole_HW > 0)).sum())}
+
+
+def levels_of(arguments: argparse.Namespace) -> list[int]:
+    """Those that were asked for, else all that the model has a head of."""
+    if arguments.levels is None:
+        return list(read_pretrained(arguments.model).model.head_levels)
+    return [int(level) for level in arguments.levels.split(",")]
+
+
+def measure(arguments: argparse.Namespace, folder: Path, server: SeaweedFS) -> Iterator[dict[str, Any]]:
+    """Make the images, put them into the store, and run everything."""
+    proxy, model = FaultProxy(server.url), arguments.model
+    for name in arguments.images.split(","):
+        kind, side = name.split("-")
+        path = mosaic(arguments, arguments.folder or folder, kind, int(side))
+        if model == DRAWN:
+            arguments.model = str(folder / f"{DRAWN}-{name}")
+            drawn_model(path, Path(arguments.model))
+        os.environ["AWS_ENDPOINT_URL"] = server.url
+        storage.upload_file(path, f"s3://archive/{path.stem}/{path.name}")
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        for level in levels_of(arguments):
+            yield {"image": name, "model": model} | one_level(arguments, folder, proxy, path, level)
+    proxy.close()
 
 
 def main() -> None:
-    """Make the images, run everything, and write the result."""
+    """Measure, and write the result: beside what the file has of other images, models and levels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--maker", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--model", default="nuclei")
-    parser.add_argument("--levels", default=None, help="such as 1,2,3,4; default: the model's deepest")
-    parser.add_argument("--grey-px", type=int, default=6144)
-    parser.add_argument("--colour-px", type=int, default=16384)
+    parser.add_argument("--model", default=DRAWN)
+    parser.add_argument("--levels", default=None, help="such as 1,2; default: all that the model has a head of")
+    parser.add_argument("--images", default="grey-6144,colour-6144,colour-16384")
     parser.add_argument("--window-px", type=int, default=2048)
-    parser.add_argument("--other-px", type=int, default=4096)
+    parser.add_argument("--other-px", type=int, default=3072, help="0: no second run")
     parser.add_argument("--whole-px", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="where the images are kept between calls; default: nowhere")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    deepest = Predictor.from_pretrained(arguments.model).level
-    levels = [deepest] if arguments.levels is None else [int(level) for level in arguments.levels.split(",")]
-    result: dict[str, Any] = {"setting": setting(), "model": arguments.model, "images": {}}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        kept = arguments.folder or folder
-        kept.mkdir(exist_ok=True, parents=True)
-        (folder / "store").mkdir()
-        with SeaweedFS(folder / "store") as server:
+    found: list[dict[str, Any]] = []
+    if arguments.out.exists():
+        found = json.loads(arguments.out.read_text())["measured"]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        store.mkdir()
+        with SeaweedFS(store) as server:
             os.environ.update(server.environment, AWS_EC2_METADATA_DISABLED="true")
-            proxy = FaultProxy(server.environment["AWS_ENDPOINT_URL"])
-            wanted = ((arguments.grey_px, ("--kind", "fluo", "--u16")), (arguments.colour_px, ()))
-            for side, options in wanted:
-                path = mosaic(arguments, kept, side, "--split", "test", *options)
-                os.environ["AWS_ENDPOINT_URL"] = server.environment["AWS_ENDPOINT_URL"]
-                storage.upload_file(path, f"s3://archive/{path.stem}/{path.name}")
-                os.environ["AWS_ENDPOINT_URL"] = proxy.url
-                shown = {"size_bytes": path.stat().st_size, "options": options}
-                shown["levels"] = [one_image(arguments, folder, proxy, path, level) for level in levels]
-                result["images"][str(side)] = shown
-            result["whole"] = [whole(arguments, folder, path, level) for level in levels]
-            proxy.close()
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+            for one in measure(arguments, Path(folder), server):
+                same = [one[name] for name in ("image", "model", "level")]
+                found = [old for old in found if [old[name] for name in ("image", "model", "level")] != same] + [one]
+                lines = ",\n".join(map(json.dumps, found))
+                arguments.out.write_text(f'{{"setting": {json.dumps(setting())}, "measured": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

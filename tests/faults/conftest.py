@@ -51,13 +51,13 @@ def masks(tiny_model: Path, archive: Path, tmp_path_factory: pytest.TempPathFact
 def fault_proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """AWS_* of this process lead to the test's S3 server through a proxy that spoils what it is told to, fast."""
     for name, value in {
-        "STALL_TIMEOUT_S": 1,
-        "MIN_BYTES_PER_S": 100_000,
-        "RETRY_SECONDS": 20.0,
-        "MAX_WAIT_S": 0.5,
-        "MAX_ATTEMPTS": 6,
+        "s3_calls.STALL_TIMEOUT_S": 1,
+        "s3_read.MIN_BYTES_PER_S": 100_000,
+        "s3_calls.RETRY_SECONDS": 20.0,
+        "s3_calls.MAX_WAIT_S": 0.5,
+        "s3_calls.MAX_ATTEMPTS": 6,
     }.items():
-        monkeypatch.setattr(f"jobs.s3.{name}", value)
+        monkeypatch.setattr(f"jobs.{name}", value)
     proxy = FaultProxy(s3_environment["AWS_ENDPOINT_URL"])
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy

@@ -44,6 +44,8 @@ class FaultProxy:
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[tuple[str, str, int]] = []
         """Method, path and bytes of every body that went back from the store."""
+        self.ranges: list[tuple[str, int, int]] = []
+        """Path, first byte and the one after the last of every part of an object that went back."""
         self.url = ""
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
@@ -84,6 +86,9 @@ class FaultProxy:
                 headers["Date"] = answer.headers.get("Date", "")
                 content = await answer.read()
                 self.bodies.append((request.method, request.rel_url.raw_path_qs, len(content)))
+                if answer.status == 206:
+                    start = int(answer.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
+                    self.ranges.append((request.rel_url.raw_path, start, start + len(content)))
                 return web.Response(status=answer.status, headers=headers, body=content)
 
         for rule in self.rules:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs import compact, forget, gc, predict, storage
 from jobs.contract import CompactConfig, CompactResult, ForgetConfig, GcConfig, PredictConfig, PredictResult
-from jobs.runs import list_runs
+from jobs.run_records import list_runs
 from jobs.table import list_parts, read_masks
 from tests.faults.stepper import Side, Stepper, Stopped, die, stepped
 from unetpp.errors import ConfigError

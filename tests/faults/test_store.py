@@ -10,7 +10,9 @@ import pytest
 
 from jobs import storage
 from jobs.contract import PredictResult
-from jobs.s3 import _Pace
+from jobs.s3_calls import Calls
+from jobs.s3_pace import Pace
+from jobs.s3_uri import split
 from tests.faults import proxy as faults
 from tests.faults.invariants import assert_complete, rows_of
 from tests.faults.proxy import FaultProxy, Rule
@@ -157,7 +159,7 @@ def test_a_bad_store_stops_the_run_and_makes_no_rows(
 
 
 def test_a_throttled_store_gets_fewer_requests_for_a_while() -> None:
-    pace = _Pace()
+    pace = Pace()
     started = time.monotonic()
     for _ in range(1000):
         pace.wait()
@@ -174,3 +176,38 @@ def test_a_throttled_store_gets_fewer_requests_for_a_while() -> None:
     for _ in range(1000):
         pace.wait()
     assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("PUT", r"/mask\.tif$", faults.answer(500, "InternalError"), times=2, skip=1),
+        Rule("PUT", r"/mask\.tif$", faults.reset, times=1, skip=1),
+        Rule("POST", r"/mask\.tif$", faults.lose_answer, times=1, skip=1),  # of the request that completes it
+    ],
+    ids=["500 on a part", "reset on a part", "lost answer"],
+)
+def test_a_file_in_parts_arrives_whole_whatever_passes(
+    place: str, fault_proxy: FaultProxy, tmp_path: Path, rule: Rule
+) -> None:
+    content = bytes(range(256)) * (9 << 12)
+    (tmp_path / "mask.tif").write_bytes(content)
+    fault_proxy.rules = [rule]
+    storage.upload_file(tmp_path / "mask.tif", f"{place}/mask.tif")
+    assert rule.times <= 0
+    assert storage.read_bytes(f"{place}/mask.tif") == content
+
+
+def test_a_file_in_parts_that_does_not_arrive_leaves_nothing(
+    place: str, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    (tmp_path / "mask.tif").write_bytes(bytes(20 << 20))
+    fault_proxy.rules = [Rule("PUT", r"/mask\.tif$", faults.answer(403, "AccessDenied"), skip=1)]
+    with pytest.raises(StorageError, match="forbids access"):
+        storage.upload_file(tmp_path / "mask.tif", f"{place}/mask.tif")
+    fault_proxy.rules = []
+    assert storage.find(f"{place}/mask.tif") is None
+    calls = Calls()
+    bucket, prefix = split(place)
+    begun = calls.call(place, "list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+    assert not begun.get("Uploads")

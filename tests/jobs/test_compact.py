@@ -24,7 +24,7 @@ from jobs.contract import (
     RetryConfig,
     StatusConfig,
 )
-from jobs.runs import list_runs, read_record
+from jobs.run_records import list_runs, read_record
 from jobs.table import newest_view, read_masks
 from unetpp.errors import ConfigError
 

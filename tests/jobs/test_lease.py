@@ -14,7 +14,8 @@ import pytest
 from jobs import lease, predict, storage
 from jobs.contract import PredictConfig, PredictResult
 from jobs.lease import LeaseRecord, Owner
-from jobs.runs import Archive, RunRecord
+from jobs.run_records import RunRecord
+from jobs.runs import Archive
 from jobs.sources import Source
 from jobs.table import list_parts
 

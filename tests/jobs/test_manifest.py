@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import manifest, storage
-from jobs.manifest import SHARD_BYTES, Listed, Plan, identity, matcher
-from jobs.table import Done
+from jobs import manifest, planning, storage
+from jobs.done import Done
+from jobs.manifest import Listed, identity, matcher
+from jobs.planning import SHARD_BYTES, Plan
 from unetpp.errors import ConfigError, StorageError
 
 NOTHING_DONE = Done()
 
 
 def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE) -> Plan:
-    return manifest.plan(listing, sources=["s", "t"], done=done, shard_images=shard_images)
+    return planning.plan(listing, sources=["s", "t"], done=done, shard_images=shard_images)
 
 
 def _listed(*keys: str, size: int = 10) -> list[Listed]:

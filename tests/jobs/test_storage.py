@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import storage
@@ -90,9 +92,9 @@ KEYS_OF_MANY = {
 def test_a_long_listing_goes_side_by_side_and_finds_all_once_in_one_order(
     s3_prefix: str, monkeypatch: pytest.MonkeyPatch, keys: list[str]
 ) -> None:
-    monkeypatch.setattr("jobs.s3.PAGE_KEYS", 8)
-    monkeypatch.setattr("jobs.s3.MAX_PAGES_IN_LINE", 1)
-    monkeypatch.setattr("jobs.s3.LISTINGS_AT_ONCE", 3)
+    monkeypatch.setattr("jobs.s3_listing.PAGE_KEYS", 8)
+    monkeypatch.setattr("jobs.s3_listing.MAX_PAGES_IN_LINE", 1)
+    monkeypatch.setattr("jobs.s3_listing.LISTINGS_AT_ONCE", 3)
     for key in keys:
         storage.write_bytes(f"{s3_prefix}/{key}", key.encode())
     found = list(storage.list_objects(s3_prefix))
@@ -213,19 +215,52 @@ def test_a_range_is_that_part_of_that_version(place: str) -> None:
 
 
 def test_a_store_that_ignores_the_range_is_not_believed(flaky_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.s3.DAMAGED_TRIES", 2)
+    monkeypatch.setattr("jobs.s3_read.DAMAGED_TRIES", 2)
     with pytest.raises(ImageError, match=r"integrity: .*bytes 0-6/ came, bytes 2-4 was wanted"):
         storage.read_range("s3://bucket/key", 2, 5, "tag")
 
 
 def test_a_file_that_is_copied_to_a_place_is_there_whole(place: str, tmp_path: Path) -> None:
-    source = tmp_path / "source.tif"
-    source.write_bytes(b"first")
-    storage.upload_file(source, storage.join(place, "deep/er/copy.tif"))
-    source.write_bytes(b"second")
-    storage.upload_file(source, storage.join(place, "deep/er/copy.tif"))
+    source, uri = tmp_path / "source.tif", storage.join(place, "deep/er/copy.tif")
+    source.write_bytes(b"content")
+    storage.upload_file(source, uri)
+    storage.upload_file(source, uri)
     (listed,) = storage.list_objects(place)
-    assert (listed.key, storage.read_bytes(storage.join(place, listed.key))) == ("deep/er/copy.tif", b"second")
+    assert (listed.key, storage.read_bytes(uri)) == ("deep/er/copy.tif", b"content")
+
+
+def test_a_copied_file_replaces_a_local_one(tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        (tmp_path / "source.tif").write_bytes(content)
+        storage.upload_file(tmp_path / "source.tif", tmp_path / "copy.tif")
+    assert storage.read_bytes(tmp_path / "copy.tif") == b"second"
+
+
+@pytest.mark.parametrize("size_bytes", [10, 11 << 20], ids=["in one piece", "in parts"])
+def test_a_copied_file_replaces_no_object(s3_prefix: str, tmp_path: Path, size_bytes: int) -> None:
+    uri, source = f"{s3_prefix}/mask.tif", tmp_path / "source.tif"
+    first = np.random.default_rng(0).bytes(size_bytes)
+    source.write_bytes(first)
+    storage.upload_file(source, uri)
+    storage.upload_file(source, uri)  # the same bytes are there: done
+    source.write_bytes(first[::-1])
+    with pytest.raises(ConfigError, match="there is another object"):
+        storage.upload_file(source, uri)
+    assert storage.read_bytes(uri) == first
+    assert [found.size_bytes for found in storage.list_objects(s3_prefix)] == [size_bytes]
+
+
+def test_a_file_is_copied_to_object_storage_in_little_memory(s3_prefix: str, tmp_path: Path) -> None:
+    source = tmp_path / "source.tif"
+    with source.open("wb") as file:
+        file.truncate(96 << 20)
+    storage.exists(f"{s3_prefix}/warm")
+    tracemalloc.start()
+    storage.upload_file(source, f"{s3_prefix}/mask.tif")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert storage.find(f"{s3_prefix}/mask.tif").size_bytes == 96 << 20
+    assert peak < 48 << 20
 
 
 def test_put_if_absent_never_changes_what_is_there(place: str) -> None:
@@ -289,7 +324,7 @@ def test_a_store_that_is_busy_for_a_moment_is_asked_again(flaky_server) -> None:
 
 
 def test_retries_have_one_owner(flaky_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.s3.MAX_ATTEMPTS", 4)
+    monkeypatch.setattr("jobs.s3_calls.MAX_ATTEMPTS", 4)
     flaky_server.last = _slow_down()
     with pytest.raises(StorageError, match="SlowDown"):
         storage.read_bytes("s3://bucket/key")
@@ -493,9 +528,9 @@ def test_a_profile_decides_alone(profiles: None, tmp_path: Path) -> None:
 
 
 def test_the_environments_endpoint_is_not_a_profiles(profiles: None) -> None:
-    from jobs import s3
+    from jobs import s3_uri
 
-    assert s3._endpoint_of("aws") == "https://s3.us-east-1.amazonaws.com"
+    assert s3_uri.endpoint_of("aws") == "https://s3.us-east-1.amazonaws.com"
 
 
 def test_locations_are_told_without_their_profile() -> None:

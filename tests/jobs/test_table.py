@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import sink, storage, table
+from jobs.done import Done, done_before, still_failed
 from jobs.manifest import identity, whole_identity
-from jobs.table import Done, done_before, read_masks
+from jobs.table import read_masks
 
 DIGEST = "0123456789" + "f" * 54
 PERMANENT, PASSING = "decode", "gone"
@@ -205,8 +206,8 @@ def test_the_newest_windows_are_those_of_the_newest_grid(commit_windows, place: 
 
 def test_windows_of_an_older_grid_are_not_tried_again(commit_windows, place: str) -> None:
     commit_windows("r00001", {0: None, 96: (PASSING, 1), 192: (PASSING, 2)})
-    assert table.still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 96): 1, ("s", "big", 0, 192): 2}
+    assert still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 96): 1, ("s", "big", 0, 192): 2}
     commit_windows("r00002", {96: None})
-    assert table.still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 192): 2}
+    assert still_failed(place, DIGEST, "r00001") == {("s", "big", 0, 192): 2}
     commit_windows("r00003", {0: None, 144: (PASSING, 1)}, num_windows=2, window_px=144)
-    assert table.still_failed(place, DIGEST, "r00001") == {}
+    assert still_failed(place, DIGEST, "r00001") == {}

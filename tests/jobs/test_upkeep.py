@@ -1,6 +1,8 @@
 """Looking after an output: what is rebuilt, swept away and forgotten, and what never is."""
 
+import io
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any
 import duckdb
 import pytest
 
-from jobs import explain, forget, gc, predict, rebuild, storage
+from jobs import explain, forget, gc, indexes, predict, rebuild, storage
 from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
+from jobs.members import Member
 from jobs.runs import Archive, open_run
 from jobs.sink import png_key
 from jobs.sources import Source
@@ -123,6 +126,38 @@ def test_an_open_run_is_left_alone(segment, output: str, archive: Path, tiny_mod
     storage.write_bytes(storage.join(output, f"png/model=m{digest[:10]}/run=r00001/{png_key('a.png')}"), b"x")
     storage.write_bytes(storage.join(output, "runs/r00001/hints/shard-00000.1"), b"x")
     assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+
+
+def test_an_index_goes_with_its_archive(segment, output: str, archive: Path, place: str) -> None:
+    def tar_of(*names: str) -> bytes:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as file:
+            for name in names:
+                file.add(archive / name, name)
+        return packed.getvalue()
+
+    def garbage() -> dict[str, int]:
+        found = gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects
+        return {kind: number for kind, number in found.items() if kind == "index"}
+
+    for name in ("stays.tar", "replaced.tar", "deleted.tar"):
+        storage.write_bytes(f"{place}/in/{name}", tar_of("a.png"))
+    segment(input=f"{place}/in")
+    assert garbage() == {}
+    storage.write_bytes(f"{place}/in/replaced.tar", tar_of("a.png", "b.PNG"))
+    storage.delete(f"{place}/in/deleted.tar")
+    assert garbage() == {"index": 2}
+    segment(input=f"{place}/in")
+    assert garbage() == {}
+    assert len(list(storage.list_objects(f"{output}/indexes"))) == 2
+
+
+def test_an_index_is_kept_where_its_archive_cannot_be_asked_for(place: str) -> None:
+    uri = f"{place}/out/indexes/0123.parquet"
+    indexes.put(uri, [Member("a.png", "crc", 10, 512)], "s3://no-such-profile@archive/a.tar", "1")
+    storage.write_bytes(f"{place}/out/indexes/torn.parquet", b"PAR1")
+    gc.run(GcConfig(output=f"{place}/out", older_than_hours=0, delete=True))
+    assert [found.key for found in storage.list_objects(f"{place}/out/indexes")] == ["0123.parquet"]
 
 
 # ------------------------------------------------------------------------------------------------ forget

@@ -428,15 +428,6 @@ def test_a_poisonous_window_costs_no_other(segment, image_dir: Path, tmp_path: P
 # --------------------------------------------------------------------------------- bytes, memory, commands
 
 
-@pytest.fixture
-def counting_proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """AWS_* of this process lead to the test's S3 server through a proxy that counts."""
-    proxy = FaultProxy(s3_environment["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    yield proxy
-    proxy.close()
-
-
 def test_only_the_needed_bytes_cross_the_wire(
     segment, image_dir: Path, tmp_path: Path, tiny_model: Path, s3_prefix: str, counting_proxy: FaultProxy
 ) -> None:

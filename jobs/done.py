@@ -1,0 +1,245 @@
+"""What the table says of every image version: done, or open after some attempts; and what of a run is still failed."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs import table
+from jobs.manifest import Identities, identity, whole_identity
+from jobs.table import GRID, PLACE
+from unetpp.errors import PERMANENT_IMAGE_ERRORS
+
+MAX_ATTEMPTS = 3
+Place = tuple[str, str, int, int]
+"""Source, key, window_y, window_x."""
+
+_IDENTITY = ["key", "etag", "window_y", "window_x", "num_windows", "window_px"]
+
+
+class _Windows(NamedTuple):
+    """Rows of windows, column by column. Those of several models are no image together."""
+
+    identities: Identities
+    """Of window and model."""
+    settled: NDArray[np.bool_]
+    grids: Identities
+    """Of image version, grid and model."""
+    wholes: Identities
+    """Of image version and grid."""
+    nums: NDArray[np.int32]
+    """Windows of the grid."""
+
+
+def _of(model: str, name: bytes) -> bytes:
+    return hashlib.blake2b(model.encode() + b"\0" + name, digest_size=16).digest()
+
+
+class Done:
+    """What the newest row of every image version says, as 16-byte identities: settled, or open after some attempts.
+
+    Two million images take 32 MB; runs are added newest first, so that what is open stays so whatever older runs say.
+    """
+
+    def __init__(self) -> None:
+        self._settled = bytearray()
+        self._open, self._attempts = np.empty(0, "S16"), np.empty(0, np.int16)
+        self._run: list[tuple[Identities, NDArray[np.int16]]] = []
+        self._windows: list[_Windows] = []
+
+    def add(self, identities: Identities, settled: NDArray[np.bool_], attempts: NDArray[np.int16]) -> None:
+        """Some rows of a run: of each its image version, whether it needs nothing now, and its attempts."""
+        fresh = ~self._is_open(identities)[0]
+        self._settled += identities[fresh & settled].tobytes()
+        self._run.append((identities[fresh & ~settled], attempts[fresh & ~settled]))
+
+    def add_windows(self, rows: Sequence[Mapping[str, Any]], settled: NDArray[np.bool_]) -> None:
+        """The windows among some rows of a run, which are also added as such."""
+        numbers = [number for number, row in enumerate(rows) if row["num_windows"] > 1]
+        if not numbers:
+            return
+        found = [rows[number] for number in numbers]
+        models = [row["model_digest"] for row in found]
+        wholes = [whole_identity(row["source_uri"], row["key"], row["etag"], row["window_px"]) for row in found]
+        windows = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in found]
+        self._windows.append(
+            _Windows(
+                np.array([_of(model, window) for model, window in zip(models, windows, strict=True)], "S16"),
+                settled[numbers],
+                np.array([_of(model, whole) for model, whole in zip(models, wholes, strict=True)], "S16"),
+                np.array(wholes, "S16"),
+                np.array([row["num_windows"] for row in found], np.int32),
+            )
+        )
+
+    def end_run(self) -> None:
+        """All rows of a run are added; the next ones are of an older run."""
+        identities = np.concatenate([self._open, *(found for found, _ in self._run)])
+        attempts = np.concatenate([self._attempts, *(found for _, found in self._run)])
+        order = np.argsort(identities)
+        self._open, self._attempts, self._run = identities[order], attempts[order], []
+
+    def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        """(needs nothing now, attempts so far) of each identity; (False, 0) for an unknown one."""
+        settled = _find(self._sorted, identities)[0]  # a newer run's word, if an older one left it open
+        return settled, np.where(settled, 0, self._is_open(identities)[1]).astype(np.int16)
+
+    def attempts(self, identities: Identities) -> NDArray[np.int16]:
+        """Attempts so far of each identity."""
+        return self.lookup(identities)[1]
+
+    def num_windows(self, identities: Identities) -> NDArray[np.int32]:
+        """The windows of each image (`manifest.whole_identity`) whose windows are all settled; 0 for any other."""
+        complete, nums = self._complete
+        is_there, at = _find(complete, identities)
+        found = np.zeros(len(identities), np.int32)
+        found[is_there] = nums[at[is_there]]
+        return found
+
+    @cached_property
+    def _complete(self) -> tuple[Identities, NDArray[np.int32]]:
+        """The images, sorted, of which the newest row of every window is settled, and their numbers of windows."""
+        if not self._windows:
+            return np.empty(0, "S16"), np.empty(0, np.int32)
+        every = _Windows(*(np.concatenate(columns) for columns in zip(*self._windows, strict=True)))
+        newest = np.unique(every.identities, return_index=True)[1]  # the first of each: newer runs came first
+        newest = newest[every.settled[newest]]
+        _, first, counts = np.unique(every.grids[newest], return_index=True, return_counts=True)
+        complete = newest[first][counts == every.nums[newest][first]]
+        wholes, one = np.unique(every.wholes[complete], return_index=True)
+        return wholes, every.nums[complete][one]
+
+    @cached_property
+    def _sorted(self) -> Identities:
+        settled = np.frombuffer(self._settled, "S16")
+        settled.sort()
+        return settled
+
+    def _is_open(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        is_open, at = _find(self._open, identities)
+        attempts = np.zeros(len(identities), np.int16)
+        attempts[is_open] = self._attempts[at[is_open]]
+        return is_open, attempts
+
+
+def _find(there: Identities, wanted: Identities) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """Whether each of `wanted` is in the sorted array, and where."""
+    if not len(there):
+        return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.intp)
+    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+    return there[at] == wanted, at
+
+
+class DoneWithin:
+    """What is done by any model, less a budget of images that are done by older models alone: those are done again.
+
+    A page at a time, in the order of the listing; as `planning.plan` asks.
+    """
+
+    def __init__(self, by_this: Done, by_any: Done, budget: int) -> None:
+        self._by_this, self._by_any, self._budget = by_this, by_any, budget
+
+    def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
+        """(needs nothing now, attempts so far) of each identity."""
+        settled, attempts = self._by_any.lookup(identities)
+        settled[self._again(settled, self._by_this.lookup(identities)[0])] = False
+        return settled, attempts
+
+    def attempts(self, identities: Identities) -> NDArray[np.int16]:
+        """Attempts so far of each identity."""
+        return self._by_any.attempts(identities)
+
+    def num_windows(self, identities: Identities) -> NDArray[np.int32]:
+        """The windows of each image whose windows are all settled; an image is one of the budget, however large."""
+        nums = self._by_any.num_windows(identities)
+        nums[self._again(nums > 0, self._by_this.num_windows(identities) > 0)] = 0
+        return nums
+
+    def _again(self, by_any: NDArray[np.bool_], by_this: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Which of the images that only older models have done are done again now."""
+        older = np.flatnonzero(by_any & ~by_this)[: self._budget]
+        self._budget -= len(older)
+        return older
+
+
+def done_before(
+    output: str,
+    digest: str | None,
+    *,
+    sources: Collection[str],
+    write: Collection[str],
+    written_by_run: Mapping[str, Collection[str]],
+    waiting: Collection[str] = (),
+) -> Done:
+    """Read what is done of an archive.
+
+    An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
+    that a second try cannot change, or MAX_ATTEMPTS tries behind it.
+
+    Args:
+        output: where the table is.
+        digest: the model's; None: by any model.
+        sources: what is read, as rows name it.
+        write: what is wanted now.
+        written_by_run: what each run wrote.
+        waiting: runs whose failed images are not to be tried again now.
+    """
+    by_run = table.parts_by_run(table.list_parts(output, digest))
+    done = Done()
+    for run in sorted(by_run, reverse=True):
+        covers = set(write) <= set(written_by_run.get(run, ()))
+        for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
+            rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
+            settled = np.array([covers and _is_settled(row, run in waiting) for row in rows], bool)
+            attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
+            done.add(np.array(names, "S16"), settled, attempts)
+            done.add_windows(rows, settled)
+        done.end_run()
+    return done
+
+
+def still_failed(
+    output: str, digest: str, run: str, *, only: Collection[str] = (), waiting: Collection[str] = ()
+) -> dict[Place, int]:
+    """The images of a run whose newest row is a failure, with the attempts so far.
+
+    Args:
+        output: where the table is.
+        digest: the model's.
+        run: the run whose images are meant.
+        only: error codes that count; default: all.
+        waiting: runs whose failures are not to be tried again now.
+    """
+    by_run = table.parts_by_run(table.list_parts(output, digest))
+    failed: dict[Place, int] = {}
+    sources: set[str] = set()
+    windows: dict[tuple[str, str], tuple[tuple[object, ...], set[Place]]] = {}
+    """Of the run: grid and places of an image."""
+    for number in sorted(name for name in by_run if name >= run):
+        for batch in table.scan(by_run[number], [*PLACE, *GRID, "error_code", "attempts"]):
+            for row in batch.to_pylist():
+                place, grid = tuple(row[name] for name in PLACE), tuple(row[name] for name in GRID)
+                if number == run:
+                    sources.add(row["source_uri"])
+                    if row["num_windows"] > 1:
+                        windows.setdefault(place[:2], (grid, set()))[1].add(place)
+                elif windows.get(place[:2], (grid,))[0] != grid:
+                    for other in windows.pop(place[:2])[1]:  # of a newer version or grid, which is what counts now
+                        failed.pop(other, None)
+                if row["source_uri"] not in sources or (number != run and place not in failed):
+                    continue
+                failed.pop(place, None)
+                code = row["error_code"]
+                if code is not None and number not in waiting and (not only or code in only):
+                    failed[place] = row["attempts"]
+    return failed
+
+
+def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:
+    code, attempts = row["error_code"], row["attempts"]
+    assert isinstance(attempts, int)
+    return code is None or code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting
