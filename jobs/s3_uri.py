@@ -1,8 +1,5 @@
 """What an `s3://` URI says: `s3://profile@bucket/key`, the profile one of the AWS config files."""
 
-import botocore.session
-from botocore.exceptions import ProfileNotFound
-
 from unetpp.errors import ConfigError
 
 
@@ -33,6 +30,9 @@ def profile_of(uri: str) -> str | None:
 
 def endpoint_of(profile: str) -> str | None:
     """The endpoint_url of a profile; None: AWS itself. The AWS_ENDPOINT_URL of the environment is another store's."""
+    import botocore.session  # takes a while to load, and most locations name no profile
+    from botocore.exceptions import ProfileNotFound
+
     try:
         settings = botocore.session.Session(profile=profile).get_scoped_config()
     except ProfileNotFound:
