@@ -187,7 +187,7 @@ class Child:
         if num_bytes > there:
             raise ImageError("crash", f"the process that worked on it promised {num_bytes} bytes and gave {there}")
         pixels = np.empty(shape, dtype)
-        num_read, view = 0, memoryview(pixels).cast("B")
+        num_read, view = 0, pixels.data.cast("B")
         while num_read < num_bytes and (more := os.preadv(self._memory, [view[num_read:]], num_read)):
             num_read += more
         if num_read < num_bytes:

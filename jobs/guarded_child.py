@@ -124,7 +124,7 @@ def _set_clocks(seconds: float) -> None:
 
 
 def _share(memory_fd: int, pixels: NDArray[np.generic]) -> None:
-    num_written, view = 0, memoryview(np.ascontiguousarray(pixels)).cast("B")
+    num_written, view = 0, np.ascontiguousarray(pixels).data.cast("B")
     while num_written < len(view):
         num_written += os.pwrite(memory_fd, view[num_written:], num_written)
 

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
 from jobs import manifest, rows, sink, storage, windows
 from jobs.archives import contents
 from jobs.contract import PredictConfig
