@@ -1,9 +1,6 @@
-"""Two ways to take a run's shards through `jobs.worker.Worker`: in this process, or on Ray."""
+"""Two ways to take a run's shards through `jobs.shard.Worker`: in this process, or on Ray."""
 
-import contextlib
-import itertools
 import logging
-from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -12,9 +9,8 @@ from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
 from jobs.progress import Drain, draining
-from jobs.shard import Task
+from jobs.shard import Task, Worker
 from jobs.sink import Footer
-from jobs.worker import Begun, Worker
 from unetpp.devices import has_gpu
 from unetpp.engine_names import resolved
 from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
@@ -24,12 +20,6 @@ START_S = 900
 """How long the first workers may take to start: longer than a node takes to come."""
 SILENT_STALLS = 4
 """A run without a commit for so many stall_s is given up: longer than the three tries of a shard that hangs."""
-TWO_SHARDS = {
-    "max_tasks_in_flight_per_actor": 2,
-    "max_concurrent_calls_per_actor": 2,
-    "enable_true_multi_threading": True,
-}
-"""Of an actor: the next is read while the last is predicted."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +43,12 @@ def with_engine(config: PredictConfig) -> PredictConfig:
 
 
 def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Drain) -> Generator[Footer]:
-    """One shard after the other in this process, with the model that is loaded already; fewer when told to drain.
-
-    The next one is begun before the last is written, here and now: commits keep the order of the shards.
-    """
-    begun: deque[Begun] = deque()
+    """One shard after the other in this process, with the model that is loaded already; fewer when told to drain."""
     with Worker(task, predictor) as worker, draining(drain, task.config.drain_s):
-        try:
-            for shard in itertools.chain(shards, [None]):
-                if shard is not None and not drain.is_asked:
-                    begun.append(worker.begin(shard))
-                while len(begun) > (0 if shard is None or drain.is_asked else 1):
-                    if (footer := begun[0].finish()) is None:
-                        return
-                    begun.popleft()
-                    yield footer
-        finally:
-            for each in reversed(begun):
-                each.close()
+        for shard in shards:
+            if drain.is_asked or (footer := worker(shard)) is None:
+                return
+            yield footer
 
 
 def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Footer]:
@@ -148,10 +126,10 @@ def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tu
     if config.node_labels:
         per_actor["label_selector"] = dict(label.split("=", 1) for label in config.node_labels)
         initial = 1  # how many of the nodes have them is not known
-    sizes = {"min_size": 1, "initial_size": initial, "max_size": num_shards}
     if config.num_workers is not None:
-        sizes = {"size": size}
-    return ray.data.ActorPoolStrategy(**sizes, **TWO_SHARDS), per_actor
+        return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
+    sizes = {"min_size": 1, "initial_size": initial, "max_size": num_shards}
+    return ray.data.ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=2), per_actor
 
 
 class ShardActor:
@@ -159,8 +137,6 @@ class ShardActor:
 
     def __init__(self, task: Task) -> None:
         self._worker = Worker(task)
-        with contextlib.suppress(UnetppError):  # the first shard tells
-            _ = self._worker.predictor  # in the process's main thread, where the engine may tune its allocator
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """One shard: its footer, or why the run must stop; neither where the call is to end."""
