@@ -460,7 +460,7 @@ class PredictOptions(Frozen):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="what computes the masks: see unetpp/engines.py; auto: compiled on a GPU, else openvino",
+        description="what computes the masks: see unetpp/engine_names.py; auto: compiled on a GPU, else openvino",
     )
 
     @property

@@ -25,6 +25,7 @@ from jobs.contract import (
     SynthResult,
     TrainResult,
 )
+from unetpp.card import INT8_COLUMNS, int8_rows
 
 
 def show(result: BaseModel, console: Console) -> None:
@@ -124,11 +125,9 @@ def chosen_table(reports: Sequence[LevelReport], level: int) -> Table:
 
 def int8_table(result: QuantiseResult) -> Table:
     """Mean IoU in float32 and in int8, over all images and by group."""
-    table = _table("int8 against float32", "output", "group", "images", "float32", "int8", "drop")
-    for name, output in result.scores.items():
-        for group, score in {"all": output, **output.groups}.items():
-            figures = (score.float32_iou, score.int8_iou, score.drop)
-            table.add_row(name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures))
+    table = _table("int8 against float32", *INT8_COLUMNS)
+    for row in int8_rows(result.scores):
+        table.add_row(*row)
     return table
 
 

@@ -19,6 +19,7 @@ UNSTATED = "unstated"
 FEW_IMAGES = 10
 """A group of fewer images is named among the limits: its interval says how little is known, or cannot be made."""
 
+INT8_COLUMNS = ("output", "group", "images", "float32", "int8", "drop")
 MIN_GUARDED_IMAGES = 20
 """A group of fewer images is not judged by itself when a network is quantised: its mean says too little."""
 
@@ -169,6 +170,16 @@ def read_pretrained(model_dir: Path | str) -> Pretrained:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ModelError(f"{path} is not a model's config: {where}: {first['msg']}") from None
+
+
+def int8_rows(scores: Mapping[str, Int8Output]) -> list[list[str]]:
+    """Rows of INT8_COLUMNS: of each output over all images, then by group."""
+    rows = []
+    for name, output in scores.items():
+        for group, score in {"all": output, **dict(sorted(output.groups.items()))}.items():
+            figures = (score.float32_iou, score.int8_iou, score.drop)
+            rows.append([name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures)])
+    return rows
 
 
 def model_card(pretrained: Pretrained, num_parameters: int) -> str:
@@ -333,17 +344,12 @@ def _calibration(calibration: Mapping[Level, Calibration]) -> list[str]:
 def _quantised(quantised: Quantised | None) -> list[str]:
     if quantised is None:
         return []
-    rows = []
-    for name, output in quantised.scores.items():
-        for group, score in {"all": output, **dict(sorted(output.groups.items()))}.items():
-            figures = (score.float32_iou, score.int8_iou, score.drop)
-            rows.append([name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures)])
     made = json.dumps(quantised.calibration)
     versions = ", ".join(f"{name} {version}" for name, version in quantised.versions.items())
     return [
         "`--engine openvino-int8` computes in 8 bits on CPU. Mean IoU of the same images by OpenVINO in both:",
         "",
-        *_table(["output", "group", "images", "float32", "int8", "drop"], rows, text_columns=2),
+        *_table(list(INT8_COLUMNS), int8_rows(quantised.scores), text_columns=2),
         "",
         f"Measured on {_line(quantised.data)} ({quantised.data_fingerprint[:10]}), {quantised.split or 'all'}. A drop "
         f"above {quantised.max_iou_drop:g} over all images, or above {quantised.max_group_drop:g} in a group of "

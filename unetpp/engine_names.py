@@ -14,7 +14,7 @@ Engines of one precision make one model's masks: they differ in pixels that are 
 from typing import Literal
 
 EngineName = Literal["reference", "torch", "compiled", "openvino", "openvino-int8"]
-EngineChoice = Literal["auto", "reference", "torch", "compiled", "openvino", "openvino-int8"]
+EngineChoice = Literal["auto", EngineName]
 """auto: compiled where there is a GPU, else openvino."""
 Precision = Literal["f32", "bf16", "int8"]
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from unetpp.config import ModelConfig
+from unetpp.config import Level, ModelConfig
 from unetpp.errors import ConfigError
 
 Mode = Literal["fast", "accurate"]
@@ -45,6 +45,11 @@ class Engine(Protocol):
 
         ConfigError on pixels that are not uint8, uint16 or float32; MemoryError where memory runs out.
         """
+
+
+def levels_read(config: ModelConfig, mode: Mode) -> tuple[Level, ...]:
+    """Levels of the heads that a mode makes masks of: the deepest in fast mode, all of them in accurate mode."""
+    return config.head_levels if mode == "accurate" else (config.level,)
 
 
 def value_range(config: ModelConfig, pixel_type: str) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from unetpp.config import ModelConfig
-from unetpp.engines import MIRRORS, Mode, value_range
+from unetpp.engines import MIRRORS, Mode, levels_read, value_range
 from unetpp.weights import Weights, convolutions, folded, node_name
 
 Output = Any
@@ -59,9 +59,8 @@ def graph(
     x_BCHW = _scaled(tiles_BHWC, low, high, config.gamma)
     mirrors = MIRRORS if flips else MIRRORS[:1]
     heads = _around(network, ops.concat([_mirrored(x_BCHW, axes) for axes in mirrors], 0))
-    levels = config.head_levels if mode == "accurate" else (config.level,)
     seen, finite = [], []
-    for level in levels:
+    for level in levels_read(config, mode):
         each_BKHW = ops.split(heads[head_name(level)], np.int32(0), len(mirrors)).outputs()
         for axes, logits_BKHW in zip(mirrors, each_BKHW, strict=True):
             logits_BKHW = _mirrored(logits_BKHW, axes)

@@ -13,7 +13,7 @@ from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
 from unetpp.devices import has_gpu
 from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, resolved
-from unetpp.engines import Engine, Mode, Pixels, TileStats
+from unetpp.engines import Engine, Mode, Pixels, TileStats, levels_read
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.tiles import Box
@@ -73,8 +73,8 @@ class Predictor:
 
         With `flips`, accurate mode also averages over the mirror images of what it sees. `bands` are other channels of
         the files than the model names: they do not change what is done with an image, but whose masks these are. With
-        `probability`, predictions have `probability_HW`. `engine`: see `unetpp.engines`. `device`: a name of torch;
-        None: the GPU where there is one and the engine can use it. `threads` compute on CPU; None: every core.
+        `probability`, predictions have `probability_HW`. `engine`: see `unetpp.engine_names`. `device`: a name of
+        torch; None: the GPU where there is one and the engine can use it. `threads` compute on CPU; None: every core.
 
         ModelError for a folder that is no model, or has no int8 form where that is asked for; ConfigError for a level
         without a head, accurate mode with one head, flips in fast mode, as many bands as the network cannot read, an
@@ -82,10 +82,10 @@ class Predictor:
         """
         if flips and mode != "accurate":
             raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
-        on_gpu = has_gpu() if device is None else device != "cpu"
+        if engine in ON_CPU_ONLY and device not in (None, "cpu"):
+            raise ConfigError(f"engine {engine} computes on CPU, the device is {device}; take engine torch")
+        on_gpu = engine not in ON_CPU_ONLY and (has_gpu() if device is None else device != "cpu")
         name = resolved(engine, on_gpu=on_gpu)
-        if name in ON_CPU_ONLY and device not in (None, "cpu"):
-            raise ConfigError(f"engine {name} computes on CPU, the device is {device}; take engine torch")
         folder = packaged.resolve(model_dir)
         pretrained = read_pretrained(folder)
         full = pretrained.model
@@ -97,8 +97,8 @@ class Predictor:
         if name == "openvino-int8":
             from unetpp.int8 import read_int8
 
-            heads = config.head_levels if mode == "accurate" else (config.level,)
-            network, decision["int8"] = read_int8(folder, pretrained, weights.digest(full, stored), heads)
+            levels = levels_read(config, mode)
+            network, decision["int8"] = read_int8(folder, pretrained, weights.digest(full, stored), levels)
         return cls(
             load_engine(
                 name,
@@ -295,6 +295,7 @@ def prepare(image: Image, config: ModelConfig) -> Image:
 
 
 def tile_plan(size: tuple[int, int], config: ModelConfig, tile_px: int, kept: Box | None = None) -> tiles.TilePlan:
+    """The tiles of an image (height, width), or of the part `kept` of it, for a network: see `tiles.plan_tiles`."""
     height, width = size
     return tiles.plan_tiles(
         height,

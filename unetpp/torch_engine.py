@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unetpp.checkpoint import arrays_of, model_of
 from unetpp.config import ModelConfig
-from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, value_range
+from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, levels_read, value_range
 from unetpp.model import UNetPlusPlus
 from unetpp.weights import folded
 
@@ -147,8 +147,7 @@ class ReferenceEngine:
         """mask_BHW, margin_BHW, NaN where a head is not finite, and with `probability` 8 bits of the foreground."""
         seen, finite = [], []
         for heads in mirrored_heads(self.model, self._scaled(tiles_BHWC), EVERYWHERE, flips=self.flips):
-            levels = self.config.head_levels if self.mode == "accurate" else (self.config.level,)
-            logits = {level: heads[level].float() for level in levels}
+            logits = {level: heads[level].float() for level in levels_read(self.config, self.mode)}
             seen.append(mean_of(probabilities(logits, self.config).values()))
             finite += [head.isfinite().all(1) for head in logits.values()]
         probability_BKHW = mean_of(seen)

@@ -21,8 +21,7 @@ from tests.bench.processes import CommandError, environment, last_line, measured
 from tests.bench.rounds import Measured, Sample, interleaved, spread, write
 from tests.bench.subjects import crops, mosaic, write_images
 from unetpp.checkpoint import read_pretrained
-from unetpp.predictor import Predictor
-from unetpp.tiles import plan_tiles
+from unetpp.predictor import Predictor, tile_plan
 
 TILE_PX = 512
 WITHIN = 0.10
@@ -31,9 +30,6 @@ NUM_PICTURES = 64
 
 def one(side_px: int, asked: argparse.Namespace) -> Sample:
     """CPU seconds a megapixel of one image, after another one, in this process."""
-    import torch
-
-    torch.set_num_threads(1)
     predictor = Predictor.from_pretrained(
         asked.model, level=asked.level, engine=asked.engine, tile_px=TILE_PX, threads=1
     )
@@ -71,14 +67,7 @@ def sides(found: Measured, asked: argparse.Namespace) -> list[dict[str, Any]]:
     config = config.model_copy(update={"level": asked.level or config.level})
     rows = []
     for side_px in asked.sides:
-        plan = plan_tiles(
-            side_px,
-            side_px,
-            tile_px=TILE_PX,
-            stride=config.stride,
-            halo_px=config.halo_px,
-            pad_multiple=config.pad_multiple,
-        )
+        plan = tile_plan((side_px, side_px), config, TILE_PX)
         seconds = found.middle(f"{side_px} px", "cpu_s_per_mp")
         assert seconds is not None
         row = {"side_px": side_px, "num_tiles": len(plan.tiles), "computed_to_kept": plan.computed_to_kept}

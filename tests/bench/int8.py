@@ -23,7 +23,6 @@ from jobs.quantise import run as quantise
 from tests.bench.setting import setting
 from unetpp.card import read_pretrained
 from unetpp.predictor import Predictor
-from unetpp.quantise import versions
 
 ENGINES = ("openvino", "openvino-int8")
 TILE_PX = 512
@@ -41,14 +40,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     config = read_pretrained(fetch_model(asked.model)).model
-    about = setting()
-    about["versions"] |= versions()
     levels = asked.levels or config.head_levels
     outcome: dict[str, Any] = {
         "what": "mean per-image IoU and CPU seconds in float32 and int8, by OpenVINO, one thread",
         "model": asked.about,
         "filters": config.filters,
-        "setting": about,
+        "setting": setting("nncf", "openvino"),
         "levels": {f"L{level}": one_level(asked, level) for level in levels},
     }
     asked.out.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")

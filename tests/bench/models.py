@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from tests.bench.processes import CommandError, environment, measured
-from unetpp.predictor import EngineName
+from unetpp.engine_names import EngineName
 
 ANY_LOSS = ("--max-iou-drop", "0.99", "--max-group-drop", "0.99", "--num-crops", "32")
 """Random networks find nothing that they could lose."""
