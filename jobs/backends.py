@@ -1,4 +1,4 @@
-"""Two ways to take a run's shards through `jobs.shard.Worker`: in this process, or on Ray."""
+"""Two ways to take a run's shards through `jobs.worker.Worker`: in this process, or on Ray."""
 
 import logging
 from collections.abc import Generator, Sequence
@@ -9,8 +9,9 @@ from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
 from jobs.progress import Drain, draining
-from jobs.shard import Task, Worker
+from jobs.shard import Task
 from jobs.sink import Footer
+from jobs.worker import Worker
 from unetpp.devices import has_gpu
 from unetpp.engine_names import resolved
 from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError

@@ -1,13 +1,14 @@
 """Local paths, for `jobs.storage` alone. An object's etag is `<size>-<mtime in ns>`."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from unetpp.errors import ConfigError, ImageError, StorageError
 
@@ -23,6 +24,8 @@ _ADVICE = {
     errno.EEXIST: "a file is where a folder is wanted: choose another folder, or move the file",
     errno.ESTALE: "the network file system went away: mount it again",
 }
+
+_syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # of Linux
 
 
 def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
@@ -124,8 +127,7 @@ def _replace(path: str, write_to: Callable[[str], None]) -> None:
             write_to(temporary)
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            _unlink(temporary)
 
 
 def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
@@ -148,16 +150,63 @@ def put_if_absent(path: str, content: bytes, scratch_dir: str) -> bool:
             except FileExistsError:
                 return False
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            _unlink(temporary)
         _sync_folder(folder)
     return True
 
 
+def begin_put(path: str, content: bytes, scratch_dir: str) -> str | None:
+    """Write the content to a file in `scratch_dir` (same file system), for `end_puts`. None where the name is taken."""
+    temporary = os.path.join(scratch_dir, uuid.uuid4().hex)
+    with _translated(path, writes=True):
+        if os.path.lexists(path):
+            return None
+        os.makedirs(scratch_dir, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+        except BaseException:
+            _unlink(temporary)
+            raise
+    return temporary
+
+
+def end_puts(puts: Sequence[tuple[str, str]]) -> list[bool]:
+    """Give many (temporary, path) their names, as `put_if_absent` does, with two syncs for all; False: it was taken."""
+    is_new = []
+    try:
+        with _translated(puts[0][1] if puts else "", writes=True):
+            sync_all([temporary for temporary, _ in puts])
+            for temporary, path in puts:
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                try:
+                    os.link(temporary, path)
+                    is_new.append(True)
+                except FileExistsError:
+                    is_new.append(False)
+            sync_all(list(dict.fromkeys(os.path.dirname(path) or "." for _, path in puts)))
+    finally:
+        for temporary, _ in puts:
+            _unlink(temporary)
+    return is_new
+
+
+def sync_all(paths: Sequence[str]) -> None:
+    """Make files, or folders, of one file system durable: by one call where the system has one for all of it."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if _syncfs is not None and not _syncfs(descriptor):
+                return
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def delete(path: str) -> None:
     """Remove a file, if it is there."""
-    with _translated(path), contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    with _translated(path):
+        _unlink(path)
 
 
 def age_s(path: str, scratch_dir: str) -> float | None:
@@ -189,6 +238,11 @@ def exists(path: str) -> bool:
     """Whether there is a file or folder of that name."""
     with _translated(path):
         return os.path.exists(path)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _write_synced(path: str, content: bytes) -> None:

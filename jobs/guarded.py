@@ -10,9 +10,9 @@ starts alike under any program. Its answers are data, never pickles, and are che
 
 import json
 import math
-import mmap
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -109,7 +109,7 @@ class Child:
     def _answer(self, connection: Connection) -> dict[str, Any]:
         wall_s = self._limits.seconds * WALL_FACTOR
         try:
-            if not connection.poll(wall_s):
+            if not self._answers.poll(wall_s * 1000):
                 self.close()
                 raise ImageError("timeout", f"it took longer than {wall_s:g} s")
             answer: dict[str, Any] = json.loads(connection.recv_bytes(MAX_ANSWER_BYTES))
@@ -158,6 +158,8 @@ class Child:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
+        self._answers = select.poll()
+        self._answers.register(self._connection.fileno(), select.POLLIN)
         return self._connection
 
     def _death(self) -> ImageError:
@@ -184,8 +186,12 @@ class Child:
         num_bytes, there = math.prod(shape) * dtype.itemsize, os.fstat(self._memory).st_size
         if num_bytes > there:
             raise ImageError("crash", f"the process that worked on it promised {num_bytes} bytes and gave {there}")
-        with mmap.mmap(self._memory, num_bytes, prot=mmap.PROT_READ) as shared:
-            pixels = np.frombuffer(shared, dtype, math.prod(shape)).reshape(shape).copy()
+        pixels = np.empty(shape, dtype)
+        num_read, view = 0, pixels.data.cast("B")
+        while num_read < num_bytes and (more := os.preadv(self._memory, [view[num_read:]], num_read)):
+            num_read += more
+        if num_read < num_bytes:
+            raise ImageError("crash", f"the process that worked on it took back {num_bytes - num_read} bytes")
         if there > KEPT_BYTES:
             os.ftruncate(self._memory, 0)
         return pixels

@@ -124,10 +124,9 @@ def _set_clocks(seconds: float) -> None:
 
 
 def _share(memory_fd: int, pixels: NDArray[np.generic]) -> None:
-    if os.fstat(memory_fd).st_size < pixels.nbytes:
-        os.ftruncate(memory_fd, pixels.nbytes)
-    with mmap.mmap(memory_fd, pixels.nbytes) as shared:
-        np.frombuffer(shared, pixels.dtype, pixels.size).reshape(pixels.shape)[...] = pixels
+    num_written, view = 0, np.ascontiguousarray(pixels).data.cast("B")
+    while num_written < len(view):
+        num_written += os.pwrite(memory_fd, view[num_written:], num_written)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from jobs import storage
+from jobs import puts, storage
 from jobs.lease import Owner
 
 OPERATIONS = (
@@ -21,6 +21,7 @@ OPERATIONS = (
     "exists",
     "arrow",
 )
+OF_PUTS = ("begin", "end")
 
 Side = Literal["before", "after"]
 
@@ -73,9 +74,10 @@ def stepped(stepper: Stepper) -> Iterator[Stepper]:
     gone = Owner.this_process().model_copy(update={"started_at": 0.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Owner, "this_process", lambda: gone)
-        for name in OPERATIONS:
-            operation = getattr(storage, name)
-            patch.setattr(storage, name, lambda *args, _of=operation, **options: stepper.call(_of, *args, **options))
+        for module, names in ((storage, OPERATIONS), (puts, OF_PUTS)):
+            for name in names:
+                operation = getattr(module, name)
+                patch.setattr(module, name, lambda *args, _of=operation, **options: stepper.call(_of, *args, **options))
         yield stepper
 
 

@@ -26,10 +26,11 @@ from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, Worker, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Task, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
+from jobs.worker import Worker
 from unetpp.config import ModelConfig
 from unetpp.engines import TileStats
 from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError

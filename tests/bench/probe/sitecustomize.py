@@ -18,6 +18,7 @@ from typing import Any
 FUNCTIONS = {
     "jobs.predict": ["run", "open_run", "seal"],
     "jobs.shard": ["load_predictor", "Worker.__call__", "write_shard"],
+    "jobs.worker": ["Worker.__call__"],
     "jobs.sink": ["commit"],
     "jobs.guarded": ["DecodePool.decode"],
     "unetpp.predictor": ["Predictor.predict"],

@@ -1,0 +1,150 @@
+"""Takes shards through the functions of `jobs.shard`, which work side by side within a shard.
+
+```
+fetch, decode  ->  predict  ->  encode, put  ->  commit
+a thread           the caller   threads          the caller
+        at most 64 MiB
+```
+CPU threads: the engine has `Task.threads`, on Ray 1 unless told otherwise, and there are as many workers as fill the
+CPUs with them. What else computes (the decoder's process, encoding, Parquet) has one thread each and little to do.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+
+import pyarrow.parquet as pq
+
+from jobs import hints, sink, storage
+from jobs.ahead import Ahead
+from jobs.contract import WALL_FACTOR, ExitCode
+from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
+from jobs.manifest import Shard
+from jobs.models import fetch_model
+from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
+from jobs.sink import Footer
+from jobs.watchdog import Watch, watching
+from unetpp.errors import ModelError, UnetppError
+from unetpp.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+AHEAD_BYTES = 64 << 20
+TELLING_S = 20.0
+MAX_TRIES = 2
+"""Workers that may die over a shard before its images are predicted behind a guard."""
+MAX_TRIES_OF_CALL = 8
+"""Workers of one call that may die over a shard; a node that goes takes several tries with it."""
+
+
+class Worker:
+    """Takes shards, one after the other, through the three functions. Loads the model at the first."""
+
+    def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
+        self.task = task
+        self._reading, self._writing = storage.io_threads(), storage.io_threads()
+        if predictor is not None:
+            self.predictor = predictor
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The task's model. ModelError where the folder holds another one by now."""
+        predictor = load_predictor(self.task.model_uri, self.task.config, self.task.threads)
+        if predictor.digest != self.task.model_digest:
+            raise ModelError(
+                f"{self.task.model_uri} holds model {predictor.digest[:10]}, but run {self.task.run} was opened with "
+                f"{self.task.model_digest[:10]}: put that model back, or start again to open a new run"
+            )
+        return predictor
+
+    @cached_property
+    def _decoders(self) -> DecodePool:
+        return DecodePool.of(self.task.config, self.predictor.config.bands)
+
+    def __call__(self, shard: Shard) -> Footer | None:
+        """Do one shard; nothing but a look where it is committed already. None where the call is to end.
+
+        UnetppError where it ended too many workers.
+        """
+        task = self.task
+        if storage.exists(uri := task.part_uri(shard.number)):
+            return _footer_at(uri)
+        seen = hints.look(task.hints_uri, task.call, shard.number)
+        if seen.is_stopped:
+            return None
+        if seen.num_tries_of_call >= MAX_TRIES_OF_CALL:
+            raise UnetppError(
+                f"shard {shard.number} of run {task.run} ended {seen.num_tries_of_call} workers, even image by "
+                "image: look for lack of memory where they run; the same command goes on from here"
+            )
+        with (
+            hints.in_flight(task.hints_uri, task.call, shard.number) as leave_word,
+            watching(task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
+            self._predictor_after(seen.num_tries) as predictor,
+        ):
+            self.predictor.on_forward = watch.sign
+            images = read_shard(task, shard, self._reading, self._decoders, self.predictor.config)
+            with Ahead(images, _num_bytes, AHEAD_BYTES, name="read") as ahead:
+                items = watch.through("read", ahead)
+                outcomes = watch.through("predict", predict_shard(predictor, items))
+                return write_shard(task, shard, self.predictor, outcomes, self._writing)
+
+    def _give_up(self, shard: Shard, watch: Watch, leave_word: Callable[[str], None]) -> None:
+        """End this process, which hangs: its shard is tried again, and in the end image by image behind a guard."""
+        word = f"shard {shard.number}: nothing moved for {watch.still_s:.0f} s in stage {watch.stage}"
+        word += f", after image {watch.key!r}" if watch.key else ""
+        logger.error("%s; its worker is ended", word)
+        telling = threading.Thread(target=leave_word, args=(f"{word}; its worker was ended",), daemon=True)
+        telling.start()
+        telling.join(TELLING_S)  # it may be the store that hangs
+        os._exit(ExitCode.INTERRUPTED)
+
+    @contextmanager
+    def _predictor_after(self, num_tries: int) -> Iterator[Predictor | GuardedPredictor]:
+        """The predictor for a shard that was begun and not ended `num_tries` times: in the end one that may die."""
+        if num_tries < MAX_TRIES:
+            yield self.predictor
+            return
+        config = self.task.config
+        logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
+        model_dir = fetch_model(self.task.model_uri)
+        seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
+        with GuardedPredictor(
+            model_dir,
+            self.predictor.level,
+            config.mode,
+            config.tile_px,
+            seconds or PREDICT_SECONDS,
+            engine=config.engine,
+            flips=config.flips,
+            probability="probability" in config.write,
+        ) as predictor:
+            yield predictor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for threads in (self._reading, self._writing):
+            threads.shutdown(cancel_futures=True)
+        if "_decoders" in self.__dict__:  # it was used
+            self._decoders.close()
+
+
+def _footer_at(uri: str) -> Footer:
+    """The footer of a committed part. AbandonedError where it says that its run was given up."""
+    with storage.arrow(uri) as (filesystem, path):
+        footer = sink.read_footer(pq.read_metadata(path, filesystem=filesystem), uri)
+    sink.refuse_abandoned(footer)
+    return footer
+
+
+def _num_bytes(item: Item) -> int:
+    return 0 if item.image_HWC is None else item.image_HWC.nbytes
