@@ -18,10 +18,26 @@ from unetpp.tiles import Box
 SHARD_BYTES = 64 << 20
 SHARDS_OF_A_STREAM = 16
 """At most, of an archive that is read from its start for each."""
+PIXELS_A_BYTE = 2
+"""Of an image as it is stored: what its pixels are guessed by. PNGs have about 1, JPEGs 3."""
+FEW_IMAGES = 8
+"""Shards are not made smaller than this to have many."""
 PAGE = 10_000
 
 Cut = Callable[[Sequence[Listed], int], list[list[Box]]]
 """(images, window_px) -> the windows of each; none for one that is not cut."""
+
+
+class ShardSize(NamedTuple):
+    """How large shards are: at most so many images and pixels; smaller where there would be fewer than `shards`."""
+
+    images: int
+    pixels: int = 1 << 60
+    shards: int = 1
+
+
+LARGEST = ShardSize(256)
+"""Of shards that nobody asked for otherwise."""
 
 
 class Plan(NamedTuple):
@@ -55,7 +71,7 @@ def plan(
     *,
     sources: Sequence[str],
     done: DoneBefore,
-    shard_images: int,
+    size: ShardSize,
     cut: Cut | None = None,
     window_px: int = 0,
 ) -> Plan:
@@ -75,7 +91,7 @@ def plan(
             names += identity(sources[one.source], one.key, "")
     table = pa.concat_tables(pages)
     _refuse_twins(np.frombuffer(names, "S16"), table)
-    return Plan(_with_shards(table, shard_images), num_listed, num_listed - len(table))
+    return Plan(_with_shards(table, size), num_listed, num_listed - len(table))
 
 
 def _not_done(
@@ -106,7 +122,7 @@ def _refuse_twins(names: Identities, table: pa.Table) -> None:
 
 
 def plan_again(
-    manifest: pa.Table, attempts: Mapping[tuple[str, str, int, int], int], *, sources: Sequence[str], shard_images: int
+    manifest: pa.Table, attempts: Mapping[tuple[str, str, int, int], int], *, sources: Sequence[str], size: ShardSize
 ) -> Plan:
     """Choose the rows of an earlier manifest that `attempts` names by source, key and window; cut them into shards."""
     places = zip(*(manifest[name].to_pylist() for name in ("source", "key", "window_y", "window_x")), strict=True)
@@ -114,7 +130,7 @@ def plan_again(
     table = manifest.filter(pa.array([number is not None for number in tried], pa.bool_()))
     again = pa.array([number for number in tried if number is not None], pa.int16())
     table = table.set_column(SCHEMA.get_field_index("attempts"), SCHEMA.field("attempts"), again)
-    return Plan(_with_shards(table, shard_images), len(table), 0)
+    return Plan(_with_shards(table, size), len(table), 0)
 
 
 def _pages(listing: Iterable[Listed]) -> Iterator[list[Listed]]:
@@ -152,26 +168,28 @@ def _table(
     return pa.table(columns | listed, schema=SCHEMA)
 
 
-def _with_shards(table: pa.Table, shard_images: int) -> pa.Table:
+def _with_shards(table: pa.Table, size: ShardSize) -> pa.Table:
     """The table with the number of each row's shard."""
     sizes = cost_bytes(table)
-    shards = _cut(sizes, *_limits(table, sizes, shard_images))
+    shards = _cut(sizes, *_limits(table, sizes, size))
     return table.set_column(0, SCHEMA.field("shard"), pa.array(shards, pa.int32()))
 
 
-def _limits(
-    table: pa.Table, sizes: NDArray[np.int64], shard_images: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _limits(table: pa.Table, sizes: NDArray[np.int64], size: ShardSize) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The most images and bytes of a shard, of each row: more where an archive would be read over and over for it."""
-    most_images, most_bytes = np.full(len(sizes), shard_images), np.full(len(sizes), SHARD_BYTES)
+    # A window's bytes are its pixels as colours.
+    of_pixels = np.where(table["num_windows"].to_numpy() > 1, 3 * size.pixels, size.pixels // PIXELS_A_BYTE)
+    most_bytes = np.minimum(SHARD_BYTES, of_pixels)
+    many = max(-(-len(sizes) // size.shards), min(FEW_IMAGES, size.images))
+    most_images = np.full(len(sizes), min(size.images, many))
     etags = table["archive_etag"]
     starts = [0, *(np.flatnonzero(pc.not_equal(etags[1:], etags[:-1]).to_numpy()) + 1).tolist()] if len(table) else []
     for start, stop in itertools.pairwise([*starts, len(table)]):
         split = members.split(table["key"][start].as_py()) if etags[start].as_py() else None
         if split is not None and members.kind_of(split[0]) in members.STREAMED:
             passes = SHARDS_OF_A_STREAM - 1  # the cut by bytes is never even
-            most_images[start:stop] = max(shard_images, -(-(stop - start) // passes))
-            most_bytes[start:stop] = max(SHARD_BYTES, -(-int(sizes[start:stop].sum()) // passes))
+            most_images[start:stop] = np.maximum(most_images[start:stop], -(-(stop - start) // passes))
+            most_bytes[start:stop] = np.maximum(most_bytes[start:stop], -(-int(sizes[start:stop].sum()) // passes))
     return most_images, most_bytes
 
 

@@ -16,6 +16,7 @@ from jobs import backends, lease, models, storage, table
 from jobs.command_line import exit_code
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.finish import check_law, seal
+from jobs.forecast import shard_size
 from jobs.lease import Lease
 from jobs.manifest import Shard
 from jobs.progress import Breaker, Drain, Progress, interruptible
@@ -78,7 +79,14 @@ class _Call:
         sources = resolve(config.input, output_uri)
         predictor = load_predictor(models.canonical(config.model), config, config.threads)
         archive = Archive(
-            sources, output_uri, predictor.digest, config, self._parent, self._only, predictor.config.bands
+            sources,
+            output_uri,
+            predictor.digest,
+            config,
+            self._parent,
+            self._only,
+            predictor.config.bands,
+            shard_size(config, predictor.config),
         )
         self._archive = archive
         while True:

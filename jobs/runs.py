@@ -13,6 +13,7 @@ from jobs import manifest, models, planning, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
 from jobs.done import Done, DoneWithin, done_before, still_failed
 from jobs.manifest import Shard
+from jobs.planning import LARGEST, ShardSize
 from jobs.run_records import ABANDONED, INDEXES, RunRecord, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
@@ -35,6 +36,7 @@ class Archive:
     """Of a retry: the error codes that are; none: all."""
     bands: Bands | None = None
     """Channels of the files that the model reads, where it does not read grey or RGB."""
+    shard_size: ShardSize = LARGEST
 
     @property
     def fingerprint(self) -> str:
@@ -173,7 +175,7 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
             listing,
             sources=archive.source_uris,
             done=done,
-            shard_images=config.shard_images,
+            size=archive.shard_size,
             cut=headers.windows_of if config.window_px else None,
             window_px=config.window_px,
         )
@@ -195,7 +197,7 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
         listed,
         failed,
         sources=[storage.plain(source) for source in parent.sources],
-        shard_images=archive.config.shard_images,
+        size=archive.shard_size,
     )
 
 

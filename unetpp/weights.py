@@ -55,6 +55,16 @@ def expected(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (shape, "float32" if shape else "int64") for name, shape in shapes.items()}
 
 
+def kmacs_per_pixel(config: ModelConfig) -> float:
+    """Thousands of multiply-adds that a forward costs for each pixel of the image; convolutions alone."""
+    macs: float = config.filters[0] * config.num_classes * len(config.head_levels)
+    for i, j in config.nodes:
+        filters, upsampled = config.filters[i], j > 0 and config.upsample == "deconv"
+        of_node = 9 * filters * (config.node_channels(i, j) + filters)
+        macs += (of_node + (config.filters[i + 1] * filters if upsampled else 0)) / 4**i
+    return macs / 1000
+
+
 def _of_norm(norm: str) -> Iterator[str]:
     return (f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
 

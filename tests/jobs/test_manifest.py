@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import manifest, planning, storage
+from jobs.contract import PredictConfig
 from jobs.done import Done
+from jobs.forecast import shard_size
 from jobs.manifest import Listed, identity, matcher
-from jobs.planning import SHARD_BYTES, Plan
+from jobs.planning import FEW_IMAGES, PIXELS_A_BYTE, SHARD_BYTES, Plan, ShardSize
+from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError, StorageError
 
 NOTHING_DONE = Done()
+PAPER = ModelConfig(level=4, deep_supervision=False)
 
 
-def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE) -> Plan:
-    return planning.plan(listing, sources=["s", "t"], done=done, shard_images=shard_images)
+def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE, **size: int) -> Plan:
+    return planning.plan(listing, sources=["s", "t"], done=done, size=ShardSize(shard_images, **size))
 
 
 def _listed(*keys: str, size: int = 10) -> list[Listed]:
@@ -77,6 +82,40 @@ def test_shards_cut_the_listing_within_their_limits(sizes: list[int], shard_imag
         assert number <= shard_images
         total = sum(row["size_bytes"] for row in rows if row["shard"] == shard)
         assert total <= SHARD_BYTES or number == 1
+
+
+def test_shards_are_cut_by_the_pixels_they_are_thought_to_have() -> None:
+    plan = _plan(_listed(*"abcdef", size=10), 256, pixels=2 * 10 * PIXELS_A_BYTE)
+    assert plan.table["shard"].to_pylist() == [0, 0, 1, 1, 2, 2]
+    plan = _plan(_listed(*"ab", size=10), 256, pixels=1)
+    assert plan.table["shard"].to_pylist() == [0, 1]  # an image at least
+
+
+def test_shards_are_smaller_where_there_would_be_few_of_them() -> None:
+    images = _listed(*(f"{number:03d}.png" for number in range(60)))
+    assert _plan(images, 256, shards=4).num_shards == 4
+    assert Counter(_plan(images, 256, shards=40).table["shard"].to_pylist())[0] == FEW_IMAGES
+    assert _plan(images, 2, shards=4).num_shards == 30
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "shards"),
+    [
+        ({"backend": "inline", "threads": 1}, 256, 8),
+        ({"backend": "ray", "threads": 1, "num_workers": 5}, 256, 40),
+        ({"backend": "inline", "shard_images": 7}, 7, 1),
+    ],
+)
+def test_a_forecast_makes_shards_of_about_thirty_seconds(asked: dict[str, Any], images: int, shards: int) -> None:
+    places = {"model": "m", "input": "i", "output": "o", "engine": "openvino"}
+    size = shard_size(PredictConfig.model_validate(places | asked), PAPER)
+    assert (size.images, size.shards) == (images, shards)
+    if "shard_images" not in asked:  # 30 GMAC for 256 x 256, 60 of them a second
+        assert size.pixels == pytest.approx(60 * 256 * 256, rel=0.02)
+        flips = asked | {"mode": "accurate", "flips": True}
+        assert shard_size(PredictConfig.model_validate(places | flips), PAPER).pixels == pytest.approx(
+            size.pixels / 4, abs=1
+        )
 
 
 def test_the_shards_of_a_manifest_hold_its_rows(place: str) -> None:

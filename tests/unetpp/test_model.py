@@ -11,6 +11,7 @@ from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
 from unetpp.model import Grid, UNetPlusPlus, count_gmacs, count_parameters, node_name
 from unetpp.prune import prune
+from unetpp.weights import kmacs_per_pixel
 
 NARROW = (4, 6, 8, 10, 12)
 UPSAMPLES = ("deconv", "nearest", "bilinear")
@@ -39,6 +40,12 @@ def test_parameters_with_batch_norm_and_colour(upsample: str, expected: list[int
 def test_multiply_adds_at_256_pixels() -> None:
     gmacs = [count_gmacs(ModelConfig(level=level, deep_supervision=False), 256, 256) for level in (1, 2, 3, 4)]
     assert gmacs == pytest.approx([3.5148, 8.9171, 17.4735, 29.7879], abs=1e-4)
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+def test_multiply_adds_by_the_shapes_of_the_weights_are_those_that_torch_counts(upsample: str) -> None:
+    config = ModelConfig(level=3, filters=(8, 24, 16, 40), upsample=upsample, num_classes=3, in_channels=5)
+    assert kmacs_per_pixel(config) * 64 * 96 / 1e6 == pytest.approx(count_gmacs(config, 64, 96), rel=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "upsample"), list(itertools.product(NORMS, UPSAMPLES)))

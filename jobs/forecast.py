@@ -1,0 +1,33 @@
+"""How much of an archive makes a shard, by forecast: from what the network costs and what engines do, to 30 seconds.
+
+Nothing is timed: a night's shards are planned where the driver runs, which may be no machine of the workers' kind. A
+guess that is wrong makes shards that take longer or shorter, never wrong masks.
+"""
+
+import os
+
+from jobs.contract import PredictConfig
+from jobs.planning import LARGEST, ShardSize
+from unetpp.config import ModelConfig
+from unetpp.weights import kmacs_per_pixel
+
+SECONDS = 30.0
+SHARDS_A_WORKER = 8
+MACS_PER_S: dict[str, float] = {"reference": 30e9, "torch": 60e9, "openvino": 60e9, "openvino-int8": 240e9}
+"""Of one thread of a CPU."""
+GPU_MACS_PER_S = 20e12
+"""Of the engine that GPUs are given."""
+MIRRORED = 4
+"""Forwards of an image and its mirror images."""
+
+
+def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
+    """The size of a shard for a config whose engine is resolved, and the network as it is computed."""
+    if config.shard_images is not None:
+        return ShardSize(config.shard_images)
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or (1 if config.backend == "ray" else cores)
+    num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))
+    macs_per_s = MACS_PER_S[config.engine] * threads if config.engine in MACS_PER_S else GPU_MACS_PER_S
+    macs_per_pixel = 1000 * kmacs_per_pixel(model) * (MIRRORED if config.flips else 1)
+    return ShardSize(LARGEST.images, int(SECONDS * macs_per_s / macs_per_pixel), SHARDS_A_WORKER * num_workers)
