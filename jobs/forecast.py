@@ -13,7 +13,13 @@ from unetpp.weights import kmacs_per_pixel
 
 SECONDS = 30.0
 SHARDS_A_WORKER = 8
-MACS_PER_S: dict[str, float] = {"reference": 30e9, "torch": 60e9, "openvino": 60e9, "openvino-int8": 240e9}
+MACS_PER_S: dict[str, float] = {
+    "reference": 30e9,
+    "torch": 60e9,
+    "openvino": 60e9,
+    "openvino-bf16": 120e9,
+    "openvino-int8": 240e9,
+}
 """Of one thread of a CPU."""
 GPU_MACS_PER_S = 20e12
 """Of the engine that GPUs are given."""

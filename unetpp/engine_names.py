@@ -6,6 +6,7 @@
 | torch | CPU, GPU | f32 | eager torch made right: folded, channels_last, freed memory kept |
 | compiled | GPU, CPU | bf16 | the same by torch.compile |
 | openvino | CPU | f32 | an OpenVINO graph; needs no torch |
+| openvino-bf16 | CPU | bf16 | the same graph in half the bits, on CPUs that have instructions for them |
 | openvino-int8 | CPU | int8 | a quantised one, which `unetpp quantise` made and measured |
 
 Engines of one precision make one model's masks: they differ in pixels that are undecided to the last bits, if at all.
@@ -13,7 +14,7 @@ Engines of one precision make one model's masks: they differ in pixels that are 
 
 from typing import Literal
 
-EngineName = Literal["reference", "torch", "compiled", "openvino", "openvino-int8"]
+EngineName = Literal["reference", "torch", "compiled", "openvino", "openvino-bf16", "openvino-int8"]
 EngineChoice = Literal["auto", EngineName]
 """auto: compiled where there is a GPU, else openvino."""
 Precision = Literal["f32", "bf16", "int8"]
@@ -23,9 +24,10 @@ PRECISION: dict[EngineName, Precision] = {
     "torch": "f32",
     "compiled": "bf16",
     "openvino": "f32",
+    "openvino-bf16": "bf16",
     "openvino-int8": "int8",
 }
-ON_CPU_ONLY: tuple[EngineName, ...] = ("openvino", "openvino-int8")
+ON_CPU_ONLY: tuple[EngineName, ...] = ("openvino", "openvino-bf16", "openvino-int8")
 
 
 def resolved(engine: EngineChoice, *, on_gpu: bool) -> EngineName:

@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 
 from unetpp.config import ModelConfig
 from unetpp.engines import Mode, Pixels, TileStats
+from unetpp.errors import ConfigError
 from unetpp.openvino_graph import graph
 
 
 class OpenVINOEngine:
     """Computes a network of `unetpp.openvino_graph`; one graph a pixel type, any number and size of tiles.
 
-    Modes and flips as of `torch_engine.ReferenceEngine`. threads: of a forward; None: every core.
+    Modes and flips as of `torch_engine.ReferenceEngine`. threads: of a forward; None: every core. bf16: compute in it;
+    ConfigError where the CPU has no instructions for that.
     """
 
     def __init__(
@@ -27,7 +29,11 @@ class OpenVINOEngine:
         threads: int | None = None,
         flips: bool = False,
         probability: bool = False,
+        bf16: bool = False,
     ) -> None:
+        self._core = ov.Core()
+        if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ConfigError("engine openvino-bf16: this CPU has no instructions for bf16; take engine openvino")
         self.batch_tiles = 1
         self.probability = probability
         self._network = network
@@ -37,11 +43,10 @@ class OpenVINOEngine:
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             # Two processes would pin themselves to the same core.
             "ENABLE_CPU_PINNING": False,
         } | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
-        self._core = ov.Core()
         self._requests: dict[str, ov.InferRequest] = {}
         self._lock = threading.Lock()
 

@@ -244,10 +244,11 @@ def load_engine(
     `network` is an OpenVINO engine's, where it is not to be made from the weights: a quantised one.
     """
     how: Any = {"threads": threads, "flips": flips, "probability": probability}
-    if name in ("openvino", "openvino-int8"):
+    if name in ON_CPU_ONLY:
         from unetpp.openvino_engine import OpenVINOEngine
         from unetpp.openvino_graph import network as network_of
 
+        how["bf16"] = name == "openvino-bf16"
         return OpenVINOEngine(network or network_of(config, arrays), config, mode, **how)
     from unetpp.checkpoint import model_of
 

@@ -5,6 +5,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from torch._inductor import config as inductor
@@ -111,6 +112,21 @@ def test_auto_is_one_engine_on_each_kind_of_machine() -> None:
     assert (resolved("auto", on_gpu=False), resolved("auto", on_gpu=True)) == ("openvino", "compiled")
     assert resolved("torch", on_gpu=True) == "torch"
     assert PRECISION[resolved("auto", on_gpu=False)] == "f32"
+
+
+def test_bf16_masks_are_the_references_but_for_undecided_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(level=4)
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(ConfigError, match="no instructions for bf16; take engine openvino"):
+            engine("openvino-bf16", model)
+        return
+    wanted, _ = engine("reference", model)(tiles(), CORE)
+    seen, stats = engine("openvino-bf16", model, probability=True)(tiles(), CORE)
+    assert (seen != wanted).mean() < 0.02
+    assert all(stat.finite and stat.probability_HW is not None for stat in stats)
+    monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32"])
+    with pytest.raises(ConfigError, match="no instructions for bf16; take engine openvino"):
+        engine("openvino-bf16", model)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
