@@ -1,10 +1,10 @@
-"""Two ways to take a run's shards through `jobs.worker.Worker`: in this process, or on Ray."""
+"""Ways to take the shards of a run through `jobs.worker.Worker`: in this process, or on Ray."""
 
 import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from jobs import hints
+from jobs import hints, split
 from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
@@ -63,7 +63,10 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
     def tell_workers() -> None:
         hints.stop(task.hints_uri, task.call)
 
-    with local_ray(num_cpus * (num_workers or 1)), draining(drain, task.config.drain_s, tell_workers):
+    with (
+        local_ray(num_cpus * (num_workers or 1) + (task.config.topology == "split")),
+        draining(drain, task.config.drain_s, tell_workers),
+    ):
         import ray.data
         import ray.exceptions
         from ray.data.exceptions import ExecutionTimeoutError
@@ -75,11 +78,15 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         context.print_on_execution_start = False
         context.wait_for_min_actors_s = START_S
         context.execution_no_progress_timeout_s = SILENT_STALLS * task.config.stall_s or -1
-        rows = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
-        actor: Any = ShardActor
-        footers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            actor, fn_constructor_args=(task,), compute=compute, **per_actor
-        )
+        if task.config.topology == "split":
+            rows = ray.data.from_items(split.rows_of(shards), override_num_blocks=len(shards))
+            footers = split.footers(rows, task, compute, per_actor, _labels(task.config))
+        else:
+            numbers = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
+            actor: Any = ShardActor
+            footers = ray.data.from_items(numbers, override_num_blocks=len(shards)).map(
+                actor, fn_constructor_args=(task,), compute=compute, **per_actor
+            )
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
             answers: Any
@@ -114,23 +121,33 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
 def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tuple[Any, dict[str, Any]]:
     """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry.
 
-    Unless `num_workers` fixes it, their number follows the nodes that come and go.
+    Unless `num_workers` fixes it, their number follows the nodes that come and go. In topology split a CPU stays free
+    for what reads and writes, and a GPU's actor holds none.
     """
     resources = ray.cluster_resources()
     num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if num_cpus > available_cpus and not is_cluster():
+    is_split = config.topology == "split"
+    if num_cpus + is_split * (not num_gpus) > available_cpus and not is_cluster():
         raise ConfigError(f"threads {num_cpus} is more than the {available_cpus} CPUs that Ray has; ask for fewer")
-    room = num_gpus or max(1, available_cpus // num_cpus)  # a cluster without nodes may well bring some when asked
+    # a cluster without nodes may well bring some when asked
+    room = num_gpus or max(1, (available_cpus - is_split) // num_cpus)
     size = max(1, min(num_shards, room, config.num_workers or room))
-    per_actor: dict[str, Any] = {"num_cpus": num_cpus} | ({"num_gpus": 1} if num_gpus else {})
-    initial = size
-    if config.node_labels:
-        per_actor["label_selector"] = dict(label.split("=", 1) for label in config.node_labels)
-        initial = 1  # how many of the nodes have them is not known
+    per_actor: dict[str, Any] = {"num_cpus": 0 if num_gpus and is_split else num_cpus, **_labels(config)}
+    if num_gpus:
+        per_actor["num_gpus"] = 1
     if config.num_workers is not None:
         return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
-    sizes = {"min_size": 1, "initial_size": initial, "max_size": num_shards}
+    initial = 1 if config.node_labels else size  # how many of the nodes have them is not known
+    # What reads and writes takes no room from engines: these would grow until nothing was left for it.
+    sizes = {"min_size": 1, "initial_size": initial, "max_size": size if is_split else num_shards}
     return ray.data.ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=2), per_actor
+
+
+def _labels(config: PredictConfig) -> dict[str, Any]:
+    """Where Ray is to place what it starts."""
+    if not config.node_labels:
+        return {}
+    return {"label_selector": dict(label.split("=", 1) for label in config.node_labels)}
 
 
 class ShardActor:

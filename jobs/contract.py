@@ -413,6 +413,11 @@ class PredictOptions(Frozen):
         200.0, description="an archive above 256 MiB may unpack to so many times its size; the rest is too_large"
     )
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
+    topology: Literal["fused", "split"] = Field(
+        "fused",
+        description="on Ray, fused: an actor reads, predicts and writes its shards; split: for GPUs short of CPUs, "
+        "others read and write, and images travel between them",
+    )
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="actors, a fixed number; default: one a GPU, or one a core, and on a cluster more as it grows",
@@ -478,6 +483,8 @@ class PredictOptions(Frozen):
             raise ValueError(
                 "flips average over mirror images in accurate mode: set mode to accurate, or leave them out"
             )
+        if self.topology == "split" and self.backend != "ray":
+            raise ValueError("topology split is Ray's: set backend to ray, or leave it out")
         if not self.include:
             raise ValueError("include must name at least one glob")
         if unlabelled := [label for label in self.node_labels if not all(label.partition("="))]:
@@ -518,6 +525,7 @@ class PredictConfig(PredictOptions):
             "result",
             "partial_ok",
             "backend",
+            "topology",
             "num_workers",
             "node_labels",
             "threads",

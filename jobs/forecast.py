@@ -23,6 +23,8 @@ MACS_PER_S: dict[str, float] = {
 """Of one thread of a CPU."""
 GPU_MACS_PER_S = 20e12
 """Of the engine that GPUs are given."""
+TRAVELLING_BYTES = 64 << 20
+"""Of a shard's images where they are decoded in one place and predicted in another."""
 MIRRORED = 4
 """Forwards of an image and its mirror images."""
 
@@ -36,4 +38,7 @@ def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))
     macs_per_s = MACS_PER_S[config.engine] * threads if config.engine in MACS_PER_S else GPU_MACS_PER_S
     macs_per_pixel = 1000 * kmacs_per_pixel(model) * (MIRRORED if config.flips else 1)
-    return ShardSize(LARGEST.images, int(SECONDS * macs_per_s / macs_per_pixel), SHARDS_A_WORKER * num_workers)
+    pixels = int(SECONDS * macs_per_s / macs_per_pixel)
+    if config.topology == "split":
+        pixels = min(pixels, TRAVELLING_BYTES // model.in_channels)
+    return ShardSize(LARGEST.images, pixels, SHARDS_A_WORKER * num_workers)

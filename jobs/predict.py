@@ -153,6 +153,7 @@ class _Call:
             output_uri=archive.output_uri,
             model_uri=models.canonical(self._config.model),
             model_digest=archive.model_digest,
+            network=predictor.config,
             manifest_uri=archive.run_uri(record.run, record.manifest),
             manifest_sha256=record.manifest_sha256,
             config=self._config,

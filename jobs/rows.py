@@ -12,7 +12,6 @@ from jobs import puts, sink, storage
 from jobs.puts import Put
 from unetpp.errors import ImageError, StorageError
 from unetpp.images import decode_mask, encode_image, encode_mask
-from unetpp.predictor import Predictor
 
 if TYPE_CHECKING:
     from jobs.shard import Outcome, Task
@@ -25,9 +24,9 @@ class Begun(NamedTuple):
     puts: tuple[Put, ...] = ()
 
 
-def begin(task: "Task", predictor: Predictor, outcome: "Outcome") -> Begun:
+def begin(task: "Task", outcome: "Outcome") -> Begun:
     """Encode what was predicted, and begin to put it."""
-    row, probability = row_of(task, predictor, outcome), None
+    row, probability = row_of(task, outcome), None
     if "png" not in task.config.write or row["error_code"] is not None:
         return Begun(row)
     window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
@@ -40,24 +39,22 @@ def begin(task: "Task", predictor: Predictor, outcome: "Outcome") -> Begun:
     return Begun(row, tuple(begun))
 
 
-def written(
-    task: "Task", predictor: Predictor, outcomes: Iterable["Outcome"], threads: ThreadPoolExecutor
-) -> list[dict[str, Any]]:
+def written(task: "Task", outcomes: Iterable["Outcome"], threads: ThreadPoolExecutor) -> list[dict[str, Any]]:
     """The rows of all outcomes, in order, when the PNGs that they name are durable."""
     futures: list[Future[Begun]] = []
     try:
         for outcome in outcomes:
-            futures.append(threads.submit(begin, task, predictor, outcome))
+            futures.append(threads.submit(begin, task, outcome))
         found = [future.result() for future in futures]
         puts.end([put for each in found for put in each.puts])
     except BaseException:
         wait(futures)
         puts.drop([put for future in futures if future.exception() is None for put in future.result().puts])
         raise
-    return list(threads.map(lambda each: _as_stored(each, predictor.num_classes), found))
+    return list(threads.map(lambda each: _as_stored(each, task.network.num_classes), found))
 
 
-def row_of(task: "Task", predictor: Predictor, outcome: "Outcome") -> dict[str, Any]:
+def row_of(task: "Task", outcome: "Outcome") -> dict[str, Any]:
     """The table's row of one image, not yet with a mask_uri."""
     started = time.perf_counter()
     row, prediction, error, seconds, geo = outcome
@@ -70,8 +67,8 @@ def row_of(task: "Task", predictor: Predictor, outcome: "Outcome") -> dict[str, 
         "window_x": row.window_x,
         "num_windows": row.num_windows,
         "window_px": row.window_px,
-        "level": predictor.level,
-        "model_digest": predictor.digest,
+        "level": task.network.level,
+        "model_digest": task.model_digest,
         "attempts": row.attempts + 1,
         "geo": geo,
         "extra": row.extra,
@@ -89,9 +86,9 @@ def row_of(task: "Task", predictor: Predictor, outcome: "Outcome") -> dict[str, 
         "window_w": width,
         "height": row.height or height,
         "width": row.width or width,
-        "mask_png": encode_mask(mask_HW, predictor.num_classes),
+        "mask_png": encode_mask(mask_HW, task.network.num_classes),
         "probability_png": None if (found := prediction.probability_HW) is None else encode_image(found),
-        "class_pixels": _class_pixels(mask_HW, predictor.num_classes),
+        "class_pixels": _class_pixels(mask_HW, task.network.num_classes),
         "uncertainty": prediction.uncertainty,
         "degraded": prediction.degraded,
         "seconds": seconds + time.perf_counter() - started,

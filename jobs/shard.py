@@ -35,6 +35,8 @@ class Task:
     output_uri: str
     model_uri: str
     model_digest: str
+    network: ModelConfig
+    """As it is computed."""
     manifest_uri: str
     manifest_sha256: str
     config: PredictConfig
@@ -71,19 +73,17 @@ class Outcome(NamedTuple):
     geo: str | None = None
 
 
-def read_shard(
-    task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool, model: ModelConfig
-) -> Generator[Item]:
+def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Generator[Item]:
     """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad.
 
-    Of an image that is cut into windows, what `model` wants for each is read by itself.
+    Of an image that is cut into windows, what the network wants for each is read by itself.
     """
     listed, config = manifest.read_rows(task.manifest_uri, shard), task.config
     for row, content in contents(task.sources, listed, threads, limits_of(config), columns_of(config)):
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue
-        started, part = time.perf_counter(), windows.reading(row, model)
+        started, part = time.perf_counter(), windows.reading(row, task.network)
         try:
             if isinstance(content, bytes):
                 decoded = decoders.decode(content)
@@ -135,15 +135,13 @@ def _predict(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iter
             yield Outcome(item.row, None, numeric, item.seconds + seconds, item.geo)
 
 
-def write_shard(
-    task: Task, shard: Shard, predictor: Predictor, outcomes: Iterable[Outcome], threads: ThreadPoolExecutor
-) -> Footer:
+def write_shard(task: Task, shard: Shard, outcomes: Iterable[Outcome], threads: ThreadPoolExecutor) -> Footer:
     """Put the shard's PNGs, then its part: the commit. Return the footer of the part that holds.
 
     Masks are encoded, and PNGs on their way, in `threads` while outcomes come.
     """
     started = time.perf_counter()
-    found = rows.written(task, predictor, outcomes, threads)
+    found = rows.written(task, outcomes, threads)
     assert len(found) == shard.num_images, (len(found), shard)
     return sink.commit(
         task.part_uri(shard.number),

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import ray
 import ray.train
 from ray.data import Dataset
-from ray.train import RunConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.queue import Queue
 
@@ -40,6 +40,7 @@ from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.checkpoint import Pretrained, digest, save_pretrained
 from unetpp.errors import ConfigError, StorageError, UnetppError
+from unetpp.torch_engine import KEEP_FREED
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +157,10 @@ def _fit(
             use_gpu=use_gpu,
             resources_per_worker={"CPU": 1 if use_gpu else threads},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]
             name="ray",
+            # Ray calls train_worker in a thread of its own, where it is too late to tell the allocator.
+            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_FREED},
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(

@@ -26,7 +26,6 @@ from unetpp.errors import ConfigError
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
-from unetpp.torch_engine import keep_freed_memory
 
 MAX_DIVERGED = 3
 """So often training goes back to the last checkpoint with half the learning rate, before it gives up."""
@@ -38,7 +37,6 @@ History = tuple[EpochMetrics, ...]
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train from the newest checkpoint to the end of the run."""
-    keep_freed_memory()
     worker = Worker(settings)
     history = worker.resume()
     num_diverged = 0

@@ -12,7 +12,7 @@ CPUs with them. What else computes (the decoder's process, encoding, Parquet) ha
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from types import TracebackType
@@ -26,7 +26,7 @@ from jobs.contract import WALL_FACTOR, ExitCode
 from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
 from jobs.manifest import Shard
 from jobs.models import fetch_model
-from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
 from unetpp.errors import ModelError, UnetppError
@@ -64,35 +64,68 @@ class Worker:
 
     @cached_property
     def _decoders(self) -> DecodePool:
-        return DecodePool.of(self.task.config, self.predictor.config.bands)
+        return DecodePool.of(self.task.config, self.task.network.bands)
 
     def __call__(self, shard: Shard) -> Footer | None:
         """Do one shard; nothing but a look where it is committed already. None where the call is to end.
 
         UnetppError where it ended too many workers.
         """
-        task = self.task
-        if storage.exists(uri := task.part_uri(shard.number)):
-            return _footer_at(uri)
-        seen = hints.look(task.hints_uri, task.call, shard.number)
-        if seen.is_stopped:
-            return None
-        if seen.num_tries_of_call >= MAX_TRIES_OF_CALL:
-            raise UnetppError(
-                f"shard {shard.number} of run {task.run} ended {seen.num_tries_of_call} workers, even image by "
-                "image: look for lack of memory where they run; the same command goes on from here"
-            )
-        with (
-            hints.in_flight(task.hints_uri, task.call, shard.number) as leave_word,
-            watching(task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
-            self._predictor_after(seen.num_tries) as predictor,
-        ):
+        if not isinstance(seen := self._look(shard), hints.Seen):
+            return seen
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
             self.predictor.on_forward = watch.sign
-            images = read_shard(task, shard, self._reading, self._decoders, self.predictor.config)
+            images = read_shard(self.task, shard, self._reading, self._decoders)
             with Ahead(images, _num_bytes, AHEAD_BYTES, name="read") as ahead:
                 items = watch.through("read", ahead)
                 outcomes = watch.through("predict", predict_shard(predictor, items))
-                return write_shard(task, shard, self.predictor, outcomes, self._writing)
+                return self.write(shard, outcomes)
+
+    def read(self, shard: Shard) -> list[Item] | Footer | None:
+        """The first part of a call alone: the images, or what a call returns where there is nothing to do."""
+        if not isinstance(seen := self._look(shard), hints.Seen):
+            return seen
+        with self._begun(shard) as watch:
+            return list(watch.through("read", read_shard(self.task, shard, self._reading, self._decoders)))
+
+    def predict(self, shard: Shard, items: list[Item]) -> list[Outcome]:
+        """The second part of a call alone."""
+        seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
+        self._refuse_deadly(shard, seen)
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
+            self.predictor.on_forward = watch.sign
+            return list(watch.through("predict", predict_shard(predictor, items)))
+
+    def write(self, shard: Shard, outcomes: Iterable[Outcome]) -> Footer:
+        """The last part of a call."""
+        return write_shard(self.task, shard, outcomes, self._writing)
+
+    def _look(self, shard: Shard) -> Footer | hints.Seen | None:
+        """What stands before a shard is begun: its footer if it is committed, None where the call is to end."""
+        if storage.exists(uri := self.task.part_uri(shard.number)):
+            return _footer_at(uri)
+        seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
+        if seen.is_stopped:
+            return None
+        self._refuse_deadly(shard, seen)
+        return seen
+
+    def _refuse_deadly(self, shard: Shard, seen: hints.Seen) -> None:
+        if seen.num_tries_of_call >= MAX_TRIES_OF_CALL:
+            raise UnetppError(
+                f"shard {shard.number} of run {self.task.run} ended {seen.num_tries_of_call} workers, even image by "
+                "image: look for lack of memory where they run; the same command goes on from here"
+            )
+
+    @contextmanager
+    def _begun(self, shard: Shard) -> Iterator[Watch]:
+        """Inside the block the shard is noted as begun, and watched."""
+        task = self.task
+        with (
+            hints.in_flight(task.hints_uri, task.call, shard.number) as leave_word,
+            watching(task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
+        ):
+            yield watch
 
     def _give_up(self, shard: Shard, watch: Watch, leave_word: Callable[[str], None]) -> None:
         """End this process, which hangs: its shard is tried again, and in the end image by image behind a guard."""
@@ -116,7 +149,7 @@ class Worker:
         seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
         with GuardedPredictor(
             model_dir,
-            self.predictor.level,
+            self.task.network.level,
             config.mode,
             config.tile_px,
             seconds or PREDICT_SECONDS,
@@ -126,16 +159,20 @@ class Worker:
         ) as predictor:
             yield predictor
 
+    def close(self) -> None:
+        """End its threads and its decoder's process."""
+        for threads in (self._reading, self._writing):
+            threads.shutdown(cancel_futures=True)
+        if "_decoders" in self.__dict__:  # it was used
+            self._decoders.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for threads in (self._reading, self._writing):
-            threads.shutdown(cancel_futures=True)
-        if "_decoders" in self.__dict__:  # it was used
-            self._decoders.close()
+        self.close()
 
 
 def _footer_at(uri: str) -> Footer:

@@ -171,6 +171,15 @@ class TorchEngine(ReferenceEngine):
         return scale(tiles_BHWC, self.config)
 
 
+KEEP_FREED = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""`keep_freed_memory` as variables of a process's environment, for one whose threads are not ours to start."""
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of returning them to the kernel after every forward.
 

@@ -20,6 +20,7 @@ from jobs.table import list_parts
 from tests.faults.invariants import assert_complete, rows_of
 from unetpp.checkpoint import digest, from_pretrained
 
+TOPOLOGIES = pytest.mark.parametrize("topology", ["fused", "split"])
 POISON = 201
 DOES_ITS_WORKER_HARM = """
 import importlib.abc, importlib.machinery, os, signal, sys, time
@@ -105,21 +106,22 @@ def _wait_for_a_part(output: Path, process: subprocess.Popen[str]) -> None:
 
 
 def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The actors that segment. Ray's processes are children of its raylet, which is a child of the driver."""
+    """The actors and tasks that segment. Ray's processes are children of its raylet, which is a child of the driver."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "MapWorker" in " ".join(child.cmdline()):
+            if "ray::Map" in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.NoSuchProcess:
             continue
     return found
 
 
+@TOPOLOGIES
 def test_a_worker_that_is_killed_costs_nothing_but_time(
-    words, masks, run_unetpp, model_digest: str, tmp_path: Path
+    topology: str, words, masks, run_unetpp, model_digest: str, tmp_path: Path
 ) -> None:
-    process = run_unetpp(*words)
+    process = run_unetpp(*words, "--topology", topology)
     _wait_for_a_part(tmp_path / "out", process)
     for worker in _workers(process):
         worker.kill()
@@ -128,11 +130,12 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     assert_complete(str(tmp_path / "out"), model_digest, masks, masks=masks)
 
 
+@TOPOLOGIES
 def test_an_image_that_kills_its_worker_every_time_becomes_a_row(
-    words, masks, poisoned: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
+    topology: str, words, masks, poisoned: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(np.full((40, 40, 3), POISON, np.uint8)).save(many_images / "13-poison.png")
-    process = run_unetpp(*words)
+    process = run_unetpp(*words, "--topology", topology)
     _, err = process.communicate(timeout=300)
     assert process.returncode == ExitCode.DONE_WITH_FAILED_IMAGES, err
     keys = {*masks, "13-poison.png"}

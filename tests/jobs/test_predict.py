@@ -348,6 +348,7 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
         output_uri=f"{tmp_path}/out",
         model_uri=record.config["model"],
         model_digest=record.model_digest,
+        network=Predictor.from_pretrained(record.config["model"]).config,
         manifest_uri=f"{tmp_path}/out/runs/{record.run}/{record.manifest}",
         manifest_sha256=record.manifest_sha256,
         config=PredictConfig.model_validate(record.config),
@@ -395,11 +396,9 @@ def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> 
     before = _files(tmp_path / "out" / "table")
     task, shards = _task(opening, tmp_path)
     with Worker(task) as worker, io_threads() as threads, DecodePool.of(task.config, None) as decoders:
-        outcomes = list(
-            predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders, worker.predictor.config))
-        )
+        outcomes = list(predict_shard(worker.predictor, read_shard(task, shards[1], threads, decoders)))
         with pytest.raises(AbandonedError):
-            write_shard(task, shards[1], worker.predictor, outcomes, threads)
+            write_shard(task, shards[1], outcomes, threads)
     assert _files(tmp_path / "out" / "table") == before
 
 

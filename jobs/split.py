@@ -1,0 +1,116 @@
+"""Shards on Ray in three stages: what reads, what predicts and what writes need not be on one machine.
+
+```
+read            ->  Engine      ->  write
+a task, 1 CPU       an actor        a task, 1 CPU
+       decoded images      masks
+```
+For GPUs that have few CPUs beside them: decoding is the work of others, and the images travel through Ray's object
+store, a shard in one piece, whose memory OBJECT_STORE_BYTES bounds. Where an actor does everything
+(`jobs.backends.ShardActor`) nothing travels.
+"""
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.manifest import Shard
+from jobs.shard import Task
+from jobs.sink import Footer
+from jobs.worker import Worker
+from unetpp.errors import UnetppError
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of images and masks that are on their way; Ray holds back what would be more."""
+
+Row = dict[str, Any]
+"""A shard (number, start, end) with what was made of it: `data`, pickled; or, where there is nothing more to do, what
+ShardActor answers (stop, text)."""
+
+
+def footers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], others: dict[str, Any]) -> Any:
+    """Ray Data's dataset of answers, as ShardActor gives them, of a dataset of shards.
+
+    `engines` is the pool of actors that predict, `per_engine` what each of them holds, `others` what a task is given.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=OBJECT_STORE_BYTES
+    )
+    actor: Any = Engine
+    alone = {"num_cpus": 1, "max_retries": -1, **others}  # as actors: a worker that dies is never the end of a run
+    read_rows = rows.map(read, fn_args=(task,), **alone)
+    predicted = read_rows.map(actor, fn_constructor_args=(task,), compute=engines, **per_engine)
+    return predicted.map(write, fn_args=(task,), **alone)
+
+
+def read(row: Row, task: Task) -> Row:
+    """Fetch and decode a shard's images."""
+    try:
+        found = _worker(task).read(_shard_of(row))
+    except UnetppError as error:
+        return _refused(row, error)
+    if isinstance(found, list):
+        return row | {"data": pickle.dumps(found)}
+    return row | _answer(found)
+
+
+class Engine:
+    """An actor that predicts."""
+
+    def __init__(self, task: Task) -> None:
+        self._worker = Worker(task)
+
+    def __call__(self, row: Row) -> Row:
+        """The masks of a shard's images."""
+        if not row["data"]:
+            return row
+        try:
+            return row | {"data": pickle.dumps(self._worker.predict(_shard_of(row), pickle.loads(row["data"])))}
+        except UnetppError as error:
+            return _refused(row, error)
+
+
+def write(row: Row, task: Task) -> dict[str, str]:
+    """Commit a shard."""
+    if row["data"]:
+        try:
+            row |= _answer(_worker(task).write(_shard_of(row), pickle.loads(row["data"])))
+        except UnetppError as error:
+            row = _refused(row, error)
+    return {"stop": row["stop"], "text": row["text"]}
+
+
+def rows_of(shards: Sequence[Shard]) -> list[Row]:
+    """What `footers` begins with."""
+    return [
+        {"number": shard.number, "start": shard.start, "end": shard.stop, "stop": "", "text": "", "data": b""}
+        for shard in shards
+    ]
+
+
+def _shard_of(row: Row) -> Shard:
+    return Shard(int(row["number"]), int(row["start"]), int(row["end"]))
+
+
+def _answer(footer: Footer | None) -> Row:
+    return {"stop": "", "text": "" if footer is None else footer.model_dump_json(), "data": b""}
+
+
+def _refused(row: Row, error: UnetppError) -> Row:
+    return row | {"stop": type(error).__name__, "text": str(error), "data": b""}
+
+
+_workers: dict[str, Worker] = {}
+
+
+def _worker(task: Task) -> Worker:
+    """This process's worker for a call: its threads and its decoder's process are there for the next shard."""
+    if task.call not in _workers:
+        for stale in _workers.values():
+            stale.close()
+        _workers.clear()
+        _workers[task.call] = Worker(task)
+    return _workers[task.call]
