@@ -40,7 +40,7 @@ def footers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], oth
         object_store_memory=OBJECT_STORE_BYTES
     )
     actor: Any = Engine
-    alone = {"num_cpus": 1, "max_retries": -1, **others}  # as actors: a worker that dies is never the end of a run
+    alone = {"num_cpus": 1, **others}
     read_rows = rows.map(read, fn_args=(task,), **alone)
     predicted = read_rows.map(actor, fn_constructor_args=(task,), compute=engines, **per_engine)
     return predicted.map(write, fn_args=(task,), **alone)

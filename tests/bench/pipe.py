@@ -1,163 +1,140 @@
 """What the road around the engine costs: archive prediction on Ray against its three computations, each alone.
 
-    python -m tests.bench.pipe --data <dsb2018> --model nuclei --engine openvino --out tests/bench/results/pipe.json
+    python -m tests.bench.pipe --data <dsb2018> --out tests/bench/results/pipe.json
 
-Images: the test images of the set, tiled to 256 x 256, as PNG on the local disk. The ideal is cores / (CPU seconds an
-image of decoding, engine and encoding, each alone, one thread, in the same run). What the pipe does is the slope of a
-run's time between n and 4n images, so that starts cost nothing: of the clock on the wall, which other programs of the
-machine slow down, and of the CPU time of every process, which they hardly do. Pairs of runs are interleaved with the
-measurements of the ideal.
+Ideal: cores / (CPU seconds an image of decoding, engine and encoding, each alone in a process with one thread). Seen:
+images a second between n and 4n images of `unetpp predict` on Ray, with a worker of one thread for every core, so that
+starts cancel. By the clock on the wall, which other programs slow down, and by the CPU time of all processes, which
+they hardly do. A round has every run once, in turn with the computations alone. 256 x 256 pixels, networks of the
+paper's widths with random weights.
 """
 
 import argparse
-import csv
 import json
 import os
-import shutil
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from jobs import models, predict
-from jobs.cluster import local_ray
-from jobs.contract import PredictConfig
-from jobs.shard import load_predictor
-from tests.bench.setting import setting
-from tests.bench.tree import TreeTime
+from tests.bench.models import engine_model, random_models
+from tests.bench.processes import environment, last_line, measured
+from tests.bench.rounds import Measured, Sample, interleaved, spread, write
+from tests.bench.subjects import PAPER, crops, write_images
 from unetpp.images import encode_mask, read_image
 from unetpp.predictor import Predictor
 
+TARGETS = {4: 0.93, 1: 0.85}
+"""Shares of the ideal by the wall's clock, of int8 at a level."""
 SIDE = 256
-ALONE_IMAGES = 48
-"""Images of a measurement of the three computations alone."""
-
-Pixels = NDArray[np.uint8]
+NUM_ALONE = 48
+STAGES = ("decode_s", "engine_s", "encode_s")
 
 
-def images_of(data: Path) -> Iterator[Pixels]:
-    """The test images of the set as squares of SIDE pixels, RGB: cut, and repeated where they are smaller."""
-    with (data / "splits.csv").open() as file:
-        ids = sorted(row["id"] for row in csv.DictReader(file) if row["split"] == "test")
-    for id_ in ids:
-        whole = np.asarray(Image.open(data / "images" / f"{id_}.png").convert("RGB"))
-        repeats = [-(-SIDE // size) for size in whole.shape[:2]]
-        yield np.tile(whole, (*repeats, 1))[:SIDE, :SIDE]
-
-
-def write_images(images: list[Pixels], folder: Path, num: int) -> None:
-    """`num` files, the images over and over."""
-    folder.mkdir()
-    for number in range(num):
-        path = folder / f"{number:06d}.png"
-        if number < len(images):
-            Image.fromarray(images[number]).save(path)
-        else:
-            shutil.copy(folder / f"{number % len(images):06d}.png", path)
-
-
-def alone(predictor: Predictor, folder: Path) -> dict[str, float]:
-    """CPU seconds an image of decoding, engine and encoding, one thread, nothing else in the way."""
-    contents = [path.read_bytes() for path in sorted(folder.iterdir())[:ALONE_IMAGES]]
-    images = [read_image(content).image_HWC for content in contents]
+def alone(model: Path, level: Any, engine: Any, folder: Path) -> Sample:
+    """CPU seconds an image of each computation, in this process."""
+    predictor = Predictor.from_pretrained(model, level=level, engine=engine, threads=1)
     core = (slice(0, SIDE), slice(0, SIDE))
-    predictor.engine(images[0][None], core)
-    masks = [predictor.engine(image[None], core)[0][0] for image in images]
+    contents = [path.read_bytes() for path in sorted(folder.iterdir())[:NUM_ALONE]]
+    images = [read_image(content).image_HWC for content in contents]
+    masks = [predictor.engine(image_HWC[None], core)[0][0] for image_HWC in images]
     return {
         "decode_s": _cpu_s(read_image, contents),
-        "engine_s": _cpu_s(lambda image: predictor.engine(image[None], core), images),
+        "engine_s": _cpu_s(lambda image_HWC: predictor.engine(image_HWC[None], core), images),
         "encode_s": _cpu_s(encode_mask, masks),
     }
 
 
-def _cpu_s(work: Callable[[Any], Any], each: Iterable[Any]) -> float:
-    things = list(each)
+def _cpu_s(work: Callable[[Any], Any], things: Sequence[Any]) -> float:
     started = time.process_time()
     for thing in things:
         work(thing)
     return (time.process_time() - started) / len(things)
 
 
-def run(config: PredictConfig, folder: Path, num: int) -> TreeTime:
-    """One run over the images of a folder, its output thrown away."""
-    output = Path(config.output)
-    with TreeTime() as used:
-        result = predict.run(config.model_copy(update={"input": (str(folder),)}))
-    assert (result.status, result.num_predicted) == ("complete", num), result
-    shutil.rmtree(output)
-    return used
+def alone_in_a_process(model: Path, level: int, engine: str, folder: Path) -> Sample:
+    """`alone` in a fresh process."""
+    words = [sys.executable, "-m", "tests.bench.pipe", "--data", "unused", "--out", "unused"]
+    words += ["--one", str(model), str(level), engine, str(folder)]
+    return json.loads(last_line(measured(words, environment(1))))
 
 
-def measure(config: PredictConfig, folders: dict[int, Path], num_pairs: int, cores: int) -> dict[str, Any]:
-    """Pairs of runs of n and 4n images, the three computations alone before and after each."""
-    predictor = load_predictor(models.canonical(config.model), config, 1)
-    small, large = sorted(folders)
-    pairs = []
-    for number in range(num_pairs):
-        costs = [alone(predictor, folders[large])]
-        runs = {}
-        for num in (small, large) if number % 2 else (large, small):
-            runs[num] = run(config, folders[num], num)
-            costs.append(alone(predictor, folders[large]))
-        each = {name: statistics.fmean(cost[name] for cost in costs) for name in costs[0]}
-        ideal_s = sum(each.values())
-        slopes = {
-            name: (getattr(runs[large], name) - getattr(runs[small], name)) / (large - small)
-            for name in ("wall_s", "cpu_s")
-        }
-        pairs.append(
-            {
-                **each,
-                "wall_s_an_image": slopes["wall_s"],
-                "cpu_s_an_image": slopes["cpu_s"],
-                "wall_share": ideal_s / cores / slopes["wall_s"],
-                "cpu_share": ideal_s / slopes["cpu_s"],
-                "load_average": os.getloadavg()[0],
-            }
-        )
-        print(json.dumps(pairs[-1]), flush=True)
-    medians = {f"{name}_median": statistics.median(pair[name] for pair in pairs) for name in pairs[0]}
-    return {"num_images": [small, large], **medians, "pairs": pairs}
+def run(model: Path, level: int, engine: str, cores: int, folder: Path, flags: Sequence[str]) -> Sample:
+    """One run over a folder, its output thrown away."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as output:
+        words = [sys.executable, "-m", "jobs.cli", "predict", "--model", model, "--level", level, "--engine", engine]
+        words += ["--threads", "1", "--num-workers", cores, "--input", folder, "--output", output, *flags]
+        return measured(words, environment(1)).figures()
+
+
+def shares(found: Measured, name: str, sizes: tuple[int, int], cores: int) -> dict[str, Any]:
+    """The ideal and what was seen of it, round by round."""
+    few, many = (f"{name}, {size} images" for size in sizes)
+    ideal = [sum(sample[stage] for stage in STAGES) for sample in found.samples[f"{name}, alone"]]
+    row: dict[str, Any] = {
+        "variant": name,
+        "num_images": sizes,
+        **{stage: spread(found.values(f"{name}, alone", stage)) for stage in STAGES},
+    }
+    for figure, width in (("wall_s", cores), ("cpu_s", 1)):
+        pairs = zip(found.values(few, figure), found.values(many, figure), strict=True)
+        slopes = [(more - less) / (sizes[1] - sizes[0]) for less, more in pairs]
+        row[f"{figure}_per_image"] = spread(slopes)
+        row[f"{figure[:-2]}_share"] = spread([one / width / slope for one, slope in zip(ideal, slopes, strict=True)])
+    return row
 
 
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="nuclei")
-    parser.add_argument("--level", type=int, action="append")
-    parser.add_argument("--engine", action="append")
-    parser.add_argument("--images", type=int, default=256, help="n; the other run of a pair has 4n")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--backend", default="ray")
-    parser.add_argument("--shard-images", type=int)
+    parser.add_argument("--filters", type=int, nargs=5, default=PAPER)
+    parser.add_argument("--engine", default="openvino-int8")
+    parser.add_argument("--levels", type=int, nargs="+", default=[4, 1])
+    parser.add_argument("--images", type=int, nargs="+", default=[192, 1024], help="n of each level")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--flags", nargs="+", default=[], help="further flags of predict, as --topology=split")
+    parser.add_argument("--one", nargs=4, metavar=("MODEL", "LEVEL", "ENGINE", "FOLDER"), help="alone, in this process")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    cores = len(os.sched_getaffinity(0)) if asked.backend == "ray" else 1
-    measured = []
-    with tempfile.TemporaryDirectory(prefix="unetpp-bench-") as name, local_ray(cores):
-        images = list(images_of(asked.data))
-        folders = {num: Path(name) / str(num) for num in (asked.images, 4 * asked.images)}
-        for num, folder in folders.items():
-            write_images(images, folder, num)
-        for engine in asked.engine or ["auto"]:
-            for level in asked.level or [None]:
-                settings = {"model": asked.model, "level": level, "engine": engine, "backend": asked.backend}
-                places = {"input": str(folders[asked.images]), "output": str(Path(name) / "out"), "threads": 1}
-                shards = {} if asked.shard_images is None else {"shard_images": asked.shard_images}
-                config = PredictConfig.model_validate({**settings, **places, **shards})
-                found = measure(config, folders, asked.pairs, cores)
-                measured.append({"model": asked.model, "level": level, "engine": engine, **found})
-                print(json.dumps({key: value for key, value in measured[-1].items() if key != "pairs"}), flush=True)
-                report = {**setting(), "backend": asked.backend, "cores": cores, "measured": measured}
-                asked.out.write_text(json.dumps(report, indent=1) + "\n")
+    if asked.one:
+        model, level, engine, images = asked.one
+        print(json.dumps(alone(Path(model), int(level), engine, Path(images))))
+        return
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="unetpp-bench-") as name:
+        folder = Path(name)
+        models, absent = random_models(folder, asked.filters, asked.data, [asked.engine])
+        assert not absent, absent
+        model = engine_model(asked.engine, models)
+        pairs = {level: (num, 4 * num) for level, num in zip(asked.levels, asked.images, strict=True)}
+        for num in sorted({num for pair in pairs.values() for num in pair}):
+            write_images(folder / f"images-{num}", crops(asked.data, num, SIDE))
+        variants: dict[str, Callable[[], Sample]] = {}
+        for level, pair in pairs.items():
+            for num in pair:
+                images = folder / f"images-{num}"
+                variants[f"L{level}, {num} images"] = partial(
+                    run, model, level, asked.engine, cores, images, asked.flags
+                )
+            variants[f"L{level}, alone"] = partial(
+                alone_in_a_process, model, level, asked.engine, folder / f"images-{pair[0]}"
+            )
+        found = interleaved(variants, asked.rounds, lambda variant: variant())
+    rows = [shares(found, f"L{level}", pair, cores) for level, pair in pairs.items() if found.samples]
+    targets = {
+        f"L{level}, share of the ideal": {
+            "wanted": TARGETS[level],
+            "seen": row["wall_share"]["median"],
+            "met": row["wall_share"]["median"] >= TARGETS[level],
+        }
+        for level, row in zip(pairs, rows, strict=True)
+        if level in TARGETS and asked.engine == "openvino-int8"
+    }
+    write(asked.out, vars(asked), found, ("openvino", "nncf"), targets=targets, cores=cores, pipe=rows)
 
 
 if __name__ == "__main__":
