@@ -37,7 +37,7 @@ def engines(report: Report) -> list[str]:
                 engine,
                 *cells,
                 f"{both['wall_ms']:.0f} ({both['over_eager']['median']:.2f}x)",
-                f"{both['share_of_peak']:.0%}",
+                f"{both['share_of_peak']:.0%}" if "share_of_peak" in both else "",
             ]
         )
     header = [
