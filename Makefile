@@ -67,6 +67,8 @@ bench: $(STAMP) bench-peers
 		{ echo "Say DATA=<labelled set> and MODEL=<model folder that infra/recipes/nuclei_cpu.yaml trained>" >&2; exit 1; }
 	@$(BENCH).engines --data $(DATA) --out $(RESULTS)/engines.json
 	@$(BENCH).peers --data $(DATA) --peers $(PEERS) --out $(RESULTS)/peers.json
+	@$(BENCH).pipe --data $(DATA) --out $(RESULTS)/pipe.json
+	@$(BENCH).split --data $(DATA) --out $(RESULTS)/split.json
 	@$(BENCH).cost --data $(DATA) --out $(RESULTS)/cost.json
 	@$(BENCH).startup --data $(DATA) --against 48b6fc1 --out $(RESULTS)/startup.json
 	@$(BENCH).frontier --data $(DATA) --model $(MODEL) --peers $(RESULTS)/peers.json --out $(RESULTS)/frontier.json

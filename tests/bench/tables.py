@@ -63,6 +63,32 @@ def peers(report: Report) -> list[str]:
     return table(["", "CPU s an image", "wall s an image", "CPU s to start", *(f"over {name}" for name in mine)], lines)
 
 
+def pipe(report: Report) -> list[str]:
+    """Milliseconds of the three computations alone, and what the pipe reaches of their sum."""
+    lines = [
+        [
+            row["variant"],
+            " + ".join(f"{1000 * row[stage]['median']:.1f}" for stage in ("decode_s", "engine_s", "encode_s")),
+            f"{1000 * row['wall_s_per_image']['median']:.1f}",
+            f"{1000 * row['cpu_s_per_image']['median']:.1f}",
+            middle(row["wall_share"]),
+            middle(row["cpu_share"]),
+        ]
+        for row in report["pipe"]
+    ]
+    header = ["", "alone: decode + engine + encode, CPU ms", "pipe, wall ms", "pipe, CPU ms"]
+    return table([*header, "share of the ideal, wall", "CPU"], lines)
+
+
+def split(report: Report) -> list[str]:
+    """MiB by number of images."""
+    lines = [
+        [name, *(f"{max(each[key] for each in samples):.0f}" for key in ("decoded_mib", "peak_mib", "spilled_mib"))]
+        for name, samples in report["samples"].items()
+    ]
+    return table(["", "MiB decoded", "MiB held at most", "MiB spilled"], lines)
+
+
 def cost(report: Report) -> list[str]:
     """By side what a megapixel costs, and how far from the mean a fed one is; what early and late images cost."""
     lines = [
@@ -98,6 +124,8 @@ def frontier(report: Report) -> list[str]:
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     "engines": engines,
     "peers": peers,
+    "pipe": pipe,
+    "split": split,
     "cost": cost,
     "startup": startup,
     "frontier": frontier,
