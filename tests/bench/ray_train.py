@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--config", default="infra/recipes/nuclei_cpu.yaml")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--one", choices=list(VARIANTS), help="train by this variant in this process, and no more")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
@@ -85,9 +86,9 @@ def main() -> None:
             plain(config, threads) if workers == 0 else train.run(config)
         return
     batch = config_of(asked, "unused", 1, 1, 1).batch_size
-    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    rates: dict[str, list[float]] = {name: [] for name in asked.variants}
     for _ in range(asked.rounds):
-        for name in VARIANTS:
+        for name in asked.variants:
             short, long = seconds(asked, name, SHORT), seconds(asked, name, LONG)
             rates[name].append((LONG - SHORT) * batch / (long - short))
             print(name, f"{rates[name][-1]:.2f} samples/s", flush=True)
@@ -99,6 +100,7 @@ def main() -> None:
     report["ratios"] = {
         name: {"median": float(np.median(ratio)), "each": ratio.tolist()}
         for name, (one, other) in pairs.items()
+        if {one, other} <= set(asked.variants)
         for ratio in [np.array(rates[one]) / np.array(rates[other])]
     }
     asked.out.write_text(json.dumps(report, indent=1) + "\n")
