@@ -429,7 +429,7 @@ class PredictOptions(Frozen):
         None, description="CPU threads of an engine; default: 1 with Ray, all cores inline"
     )
     shard_images: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="images a shard: the unit of commit; default: about 30 s of work by forecast, at most 256"
+        None, description="images a shard: the unit of commit; default: about 30 s of work by forecast, at most 1024"
     )
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     window_px: Annotated[int, Field(ge=0, multiple_of=16)] = Field(

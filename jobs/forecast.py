@@ -11,8 +11,9 @@ from jobs.planning import LARGEST, ShardSize
 from unetpp.config import ModelConfig
 from unetpp.weights import kmacs_per_pixel
 
-SECONDS = 30.0
+SECONDS, LEAST_SECONDS = 30.0, 3.0
 SHARDS_A_WORKER = 8
+"""Where that makes none shorter than LEAST_SECONDS."""
 MACS_PER_S: dict[str, float] = {
     "reference": 30e9,
     "torch": 60e9,
@@ -38,7 +39,7 @@ def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))
     macs_per_s = MACS_PER_S[config.engine] * threads if config.engine in MACS_PER_S else GPU_MACS_PER_S
     macs_per_pixel = 1000 * kmacs_per_pixel(model) * (MIRRORED if config.flips else 1)
-    pixels = int(SECONDS * macs_per_s / macs_per_pixel)
+    pixels, least_pixels = (int(seconds * macs_per_s / macs_per_pixel) for seconds in (SECONDS, LEAST_SECONDS))
     if config.topology == "split":
         pixels = min(pixels, TRAVELLING_BYTES // model.in_channels)
-    return ShardSize(LARGEST.images, pixels, SHARDS_A_WORKER * num_workers)
+    return ShardSize(LARGEST.images, pixels, SHARDS_A_WORKER * num_workers, least_pixels)

@@ -20,8 +20,6 @@ SHARDS_OF_A_STREAM = 16
 """At most, of an archive that is read from its start for each."""
 PIXELS_A_BYTE = 2
 """Of an image as it is stored: what its pixels are guessed by. PNGs have about 1, JPEGs 3."""
-FEW_IMAGES = 8
-"""Shards are not made smaller than this to have many."""
 PAGE = 10_000
 
 Cut = Callable[[Sequence[Listed], int], list[list[Box]]]
@@ -34,9 +32,11 @@ class ShardSize(NamedTuple):
     images: int
     pixels: int = 1 << 60
     shards: int = 1
+    least_pixels: int = 1
+    """Not smaller than this to be many."""
 
 
-LARGEST = ShardSize(256)
+LARGEST = ShardSize(1024)
 """Of shards that nobody asked for otherwise."""
 
 
@@ -177,11 +177,11 @@ def _with_shards(table: pa.Table, size: ShardSize) -> pa.Table:
 
 def _limits(table: pa.Table, sizes: NDArray[np.int64], size: ShardSize) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The most images and bytes of a shard, of each row: more where an archive would be read over and over for it."""
-    # A window's bytes are its pixels as colours.
-    of_pixels = np.where(table["num_windows"].to_numpy() > 1, 3 * size.pixels, size.pixels // PIXELS_A_BYTE)
-    most_bytes = np.minimum(SHARD_BYTES, of_pixels)
-    many = max(-(-len(sizes) // size.shards), min(FEW_IMAGES, size.images))
-    most_images = np.full(len(sizes), min(size.images, many))
+    is_window = table["num_windows"].to_numpy() > 1  # whose bytes are its pixels as colours
+    pixels = np.where(is_window, sizes // 3, PIXELS_A_BYTE * sizes)
+    most_pixels = min(size.pixels, max(size.least_pixels, -(-int(pixels.sum()) // size.shards)))
+    most_bytes = np.minimum(SHARD_BYTES, np.where(is_window, 3 * most_pixels, most_pixels // PIXELS_A_BYTE))
+    most_images = np.full(len(sizes), size.images)
     etags = table["archive_etag"]
     starts = [0, *(np.flatnonzero(pc.not_equal(etags[1:], etags[:-1]).to_numpy()) + 1).tolist()] if len(table) else []
     for start, stop in itertools.pairwise([*starts, len(table)]):

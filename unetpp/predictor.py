@@ -180,7 +180,8 @@ class Predictor:
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
         stats: list[dict[int, tuple[TileStats, int]]] = [{} for _ in plans]
         for members in _batches(padded, plans, batch_tiles):
-            tiles_BHWC = np.stack([tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members])
+            each_HWC = [tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members]
+            tiles_BHWC = np.stack(each_HWC) if len(each_HWC) > 1 else each_HWC[0][None]
             first = plans[members[0][0]].tiles[members[0][1]]
             masks_BHW, tile_stats = self.engine(tiles_BHWC, first.core_slices)
             self.on_forward()

@@ -14,7 +14,7 @@ from jobs.contract import PredictConfig
 from jobs.done import Done
 from jobs.forecast import shard_size
 from jobs.manifest import Listed, identity, matcher
-from jobs.planning import FEW_IMAGES, PIXELS_A_BYTE, SHARD_BYTES, Plan, ShardSize
+from jobs.planning import LARGEST, PIXELS_A_BYTE, SHARD_BYTES, Plan, ShardSize
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError, StorageError
 
@@ -93,16 +93,18 @@ def test_shards_are_cut_by_the_pixels_they_are_thought_to_have() -> None:
 
 def test_shards_are_smaller_where_there_would_be_few_of_them() -> None:
     images = _listed(*(f"{number:03d}.png" for number in range(60)))
+    pixels = 10 * PIXELS_A_BYTE  # of one
     assert _plan(images, 256, shards=4).num_shards == 4
-    assert Counter(_plan(images, 256, shards=40).table["shard"].to_pylist())[0] == FEW_IMAGES
+    assert _plan(images, 256, shards=4, pixels=5 * pixels).num_shards == 12
+    assert _plan(images, 256, shards=30, least_pixels=20 * pixels).num_shards == 3
     assert _plan(images, 2, shards=4).num_shards == 30
 
 
 @pytest.mark.parametrize(
     ("asked", "images", "shards"),
     [
-        ({"backend": "inline", "threads": 1}, 256, 8),
-        ({"backend": "ray", "threads": 1, "num_workers": 5}, 256, 40),
+        ({"backend": "inline", "threads": 1}, LARGEST.images, 8),
+        ({"backend": "ray", "threads": 1, "num_workers": 5}, LARGEST.images, 40),
         ({"backend": "inline", "shard_images": 7}, 7, 1),
     ],
 )
@@ -111,7 +113,7 @@ def test_a_forecast_makes_shards_of_about_thirty_seconds(asked: dict[str, Any], 
     size = shard_size(PredictConfig.model_validate(places | asked), PAPER)
     assert (size.images, size.shards) == (images, shards)
     if "shard_images" not in asked:  # 30 GMAC for 256 x 256, 60 of them a second
-        assert size.pixels == pytest.approx(60 * 256 * 256, rel=0.02)
+        assert (size.pixels, size.least_pixels) == pytest.approx((60 * 256 * 256, 6 * 256 * 256), rel=0.02)
         flips = asked | {"mode": "accurate", "flips": True}
         assert shard_size(PredictConfig.model_validate(places | flips), PAPER).pixels == pytest.approx(
             size.pixels / 4, abs=1
