@@ -32,8 +32,6 @@ MIRRORED = 4
 
 def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     """The size of a shard for a config whose engine is resolved, and the network as it is computed."""
-    if config.shard_images is not None:
-        return ShardSize(config.shard_images)
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or (1 if config.backend == "ray" else cores)
     num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))

@@ -36,7 +36,8 @@ class Archive:
     """Of a retry: the error codes that are; none: all."""
     bands: Bands | None = None
     """Channels of the files that the model reads, where it does not read grey or RGB."""
-    shard_size: ShardSize = LARGEST
+    forecast: ShardSize = LARGEST
+    """The size of shards where the config does not fix it."""
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +55,11 @@ class Archive:
                 "parent": None if self.parent is None else [self.parent, *sorted(set(self.only))],
             }
         )
+
+    @property
+    def shard_size(self) -> ShardSize:
+        """How large shards are."""
+        return self.forecast if self.config.shard_images is None else ShardSize(self.config.shard_images)
 
     @property
     def roots(self) -> list[str]:
