@@ -42,7 +42,8 @@ def footers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], oth
     actor: Any = Engine
     alone = {"num_cpus": 1, **others}
     read_rows = rows.map(read, fn_args=(task,), **alone)
-    predicted = read_rows.map(actor, fn_constructor_args=(task,), compute=engines, **per_engine)
+    # Ray makes one stage of two that need the same: a byte of memory tells these apart.
+    predicted = read_rows.map(actor, fn_constructor_args=(task,), compute=engines, memory=1, **per_engine)
     return predicted.map(write, fn_args=(task,), **alone)
 
 

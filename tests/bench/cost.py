@@ -29,7 +29,7 @@ NUM_PICTURES = 64
 
 
 def one(side_px: int, asked: argparse.Namespace) -> Sample:
-    """CPU seconds a megapixel of one image, seen a second time: what a new shape of tiles costs is no cost of pixels."""
+    """CPU seconds a megapixel of one image, seen a second time: a new shape of tiles costs something once."""
     predictor = Predictor.from_pretrained(
         asked.model, level=asked.level, engine=asked.engine, tile_px=TILE_PX, threads=1
     )
