@@ -77,7 +77,7 @@ def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=80, help="n")
+    parser.add_argument("--images", type=int, default=40, help="n")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=4, help="logical CPUs of Ray: how much is on its way at a time")
     parser.add_argument("--out", type=Path, required=True)
