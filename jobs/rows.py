@@ -26,7 +26,7 @@ class Begun(NamedTuple):
 
 def begin(task: "Task", outcome: "Outcome") -> Begun:
     """Encode what was predicted, and begin to put it."""
-    row, probability = row_of(task, outcome), None
+    row = row_of(task, outcome)
     if "png" not in task.config.write or row["error_code"] is not None:
         return Begun(row)
     window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
