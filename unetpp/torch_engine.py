@@ -179,6 +179,9 @@ KEEP_FREED = {
 }
 """`keep_freed_memory` as variables of a process's environment, for one whose threads are not ours to start."""
 
+_MALLOPT = {"MALLOC_ARENA_MAX": -8, "MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2}
+"""What mallopt calls these."""
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of returning them to the kernel after every forward.
@@ -192,8 +195,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return
-    arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 << 20)
+    for name, parameter in _MALLOPT.items():
+        mallopt(parameter, int(KEEP_FREED[name]))
