@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from jobs import hints, split
+from jobs.answers import Row, answer, footer_of, row_of, shard_of
 from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
@@ -14,7 +15,7 @@ from jobs.sink import Footer
 from jobs.worker import Worker
 from unetpp.devices import has_gpu
 from unetpp.engine_names import resolved
-from unetpp.errors import AbandonedError, ConfigError, ModelError, StorageError, UnetppError
+from unetpp.errors import ConfigError, UnetppError
 from unetpp.predictor import Predictor
 
 START_S = 900
@@ -23,10 +24,6 @@ SILENT_STALLS = 4
 """A run without a commit for so many stall_s is given up: longer than the three tries of a shard that hangs."""
 
 logger = logging.getLogger(__name__)
-
-_STOPS: dict[str, type[UnetppError]] = {
-    kind.__name__: kind for kind in (AbandonedError, ConfigError, ModelError, StorageError)
-}
 
 
 def with_engine(config: PredictConfig) -> PredictConfig:
@@ -78,24 +75,19 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         context.print_on_execution_start = False
         context.wait_for_min_actors_s = START_S
         context.execution_no_progress_timeout_s = SILENT_STALLS * task.config.stall_s or -1
+        rows = ray.data.from_items([row_of(shard) for shard in shards], override_num_blocks=len(shards))
         if task.config.topology == "split":
-            rows = ray.data.from_items(split.rows_of(shards), override_num_blocks=len(shards))
-            footers = split.footers(rows, task, compute, per_actor, _labels(task.config))
+            found = split.answers(rows, task, compute, per_actor, _labels(task.config))
         else:
-            numbers = [{"number": shard.number, "start": shard.start, "stop": shard.stop} for shard in shards]
             actor: Any = ShardActor
-            footers = ray.data.from_items(numbers, override_num_blocks=len(shards)).map(
-                actor, fn_constructor_args=(task,), compute=compute, **per_actor
-            )
+            found = rows.map(actor, fn_constructor_args=(task,), compute=compute, **per_actor)
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
             answers: Any
-            for answers in footers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for answer in answers.to_pylist():
-                    if answer["stop"]:
-                        raise _STOPS.get(answer["stop"], UnetppError)(answer["text"])
-                    if answer["text"]:
-                        yield Footer.model_validate_json(answer["text"])
+            for answers in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in answers.to_pylist():
+                    if (footer := footer_of(row)) is not None:
+                        yield footer
         except ray.exceptions.GetTimeoutError as error:
             wanted = ", ".join(f"{name} {value}" for name, value in per_actor.items())
             raise UnetppError(
@@ -151,15 +143,14 @@ def _labels(config: PredictConfig) -> dict[str, Any]:
 
 
 class ShardActor:
-    """A Worker in an actor of Ray. Errors that stop the run come back as data: none loses its type on the way."""
+    """A Worker in an actor of Ray."""
 
     def __init__(self, task: Task) -> None:
         self._worker = Worker(task)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """One shard: its footer, or why the run must stop; neither where the call is to end."""
+    def __call__(self, row: Row) -> Row:
+        """One shard, and what became of it."""
         try:
-            footer = self._worker(Shard(int(row["number"]), int(row["start"]), int(row["stop"])))
+            return answer(self._worker(shard_of(row)))
         except UnetppError as error:
-            return {"stop": type(error).__name__, "text": str(error)}
-        return {"stop": "", "text": "" if footer is None else footer.model_dump_json()}
+            return answer(error)

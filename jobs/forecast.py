@@ -11,9 +11,9 @@ from jobs.planning import LARGEST, ShardSize
 from unetpp.config import ModelConfig
 from unetpp.weights import kmacs_per_pixel
 
-SECONDS, LEAST_SECONDS = 30.0, 3.0
-SHARDS_A_WORKER = 8
-"""Where that makes none shorter than LEAST_SECONDS."""
+SECONDS, LEAST_SECONDS = 30.0, 2.0
+SHARDS_LEFT = 3
+"""A shard is at most one in so many, for each worker, of what is left; but not under LEAST_SECONDS for that."""
 MACS_PER_S: dict[str, float] = {
     "reference": 30e9,
     "torch": 60e9,
@@ -40,4 +40,4 @@ def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     pixels, least_pixels = (int(seconds * macs_per_s / macs_per_pixel) for seconds in (SECONDS, LEAST_SECONDS))
     if config.topology == "split":
         pixels = min(pixels, TRAVELLING_BYTES // model.in_channels)
-    return ShardSize(LARGEST.images, pixels, SHARDS_A_WORKER * num_workers, least_pixels)
+    return ShardSize(LARGEST.images, pixels, 1 / (SHARDS_LEFT * num_workers), least_pixels)

@@ -27,13 +27,14 @@ Cut = Callable[[Sequence[Listed], int], list[list[Box]]]
 
 
 class ShardSize(NamedTuple):
-    """How large shards are: at most so many images and pixels; smaller where there would be fewer than `shards`."""
+    """How large shards are: at most so many images and pixels, and towards the end of a run smaller and smaller."""
 
     images: int
     pixels: int = 1 << 60
-    shards: int = 1
+    share: float = 1.0
+    """At most so much of what is left: workers then end at about the same time."""
     least_pixels: int = 1
-    """Not smaller than this to be many."""
+    """Not smaller than this for the sake of `share`."""
 
 
 LARGEST = ShardSize(1024)
@@ -179,7 +180,8 @@ def _limits(table: pa.Table, sizes: NDArray[np.int64], size: ShardSize) -> tuple
     """The most images and bytes of a shard, of each row: more where an archive would be read over and over for it."""
     is_window = table["num_windows"].to_numpy() > 1  # whose bytes are its pixels as colours
     pixels = np.where(is_window, sizes // 3, PIXELS_A_BYTE * sizes)
-    most_pixels = min(size.pixels, max(size.least_pixels, -(-int(pixels.sum()) // size.shards)))
+    left = np.cumsum(pixels[::-1])[::-1]
+    most_pixels = np.minimum(size.pixels, np.maximum(size.least_pixels, np.ceil(size.share * left))).astype(np.int64)
     most_bytes = np.minimum(SHARD_BYTES, np.where(is_window, 3 * most_pixels, most_pixels // PIXELS_A_BYTE))
     most_images = np.full(len(sizes), size.images)
     etags = table["archive_etag"]
@@ -194,13 +196,17 @@ def _limits(table: pa.Table, sizes: NDArray[np.int64], size: ShardSize) -> tuple
 
 
 def _cut(sizes: NDArray[np.int64], most_images: NDArray[np.int64], most_bytes: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Shard number of each row, in order: at most so many images and, beyond the first, bytes."""
+    """Shard number of each row, in order: at most so many images and, beyond the first, bytes.
+
+    The bytes are those of its first row, or of any other that allows more.
+    """
     numbers = np.empty(len(sizes), np.int32)
-    number, num_images, num_bytes = 0, 0, 0
+    number, num_images, num_bytes, most = 0, 0, 0, 0
     limits = zip(sizes.tolist(), most_images.tolist(), most_bytes.tolist(), strict=True)
     for row, (size, images, total) in enumerate(limits):
-        if num_images >= images or (num_images and num_bytes + size > total):
-            number, num_images, num_bytes = number + 1, 0, 0
+        most = max(most, total)
+        if num_images >= images or (num_images and num_bytes + size > most):
+            number, num_images, num_bytes, most = number + 1, 0, 0, total
         numbers[row] = number
         num_images, num_bytes = num_images + 1, num_bytes + size
     return numbers

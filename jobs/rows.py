@@ -1,8 +1,9 @@
 """The rows of a shard's part, and the PNGs that they name."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ from unetpp.images import decode_mask, encode_image, encode_mask
 
 if TYPE_CHECKING:
     from jobs.shard import Outcome, Task
+
+
+BATCH_BYTES = 1 << 20
+"""Of masks that are encoded, and written to a local disk, one after the other: cores that predict are seldom disturbed.
+To object storage each goes by itself, since there a put is long."""
 
 
 class Begun(NamedTuple):
@@ -41,17 +47,50 @@ def begin(task: "Task", outcome: "Outcome") -> Begun:
 
 def written(task: "Task", outcomes: Iterable["Outcome"], threads: ThreadPoolExecutor) -> list[dict[str, Any]]:
     """The rows of all outcomes, in order, when the PNGs that they name are durable."""
-    futures: list[Future[Begun]] = []
+    futures: list[Future[list[Begun]]] = []
     try:
-        for outcome in outcomes:
-            futures.append(threads.submit(begin, task, outcome))
-        found = [future.result() for future in futures]
+        for some in _batches(outcomes, 0 if storage.is_remote(task.output_uri) else BATCH_BYTES):
+            futures.append(threads.submit(_begin_all, task, some))
+        found = list(chain.from_iterable(future.result() for future in futures))
         puts.end([put for each in found for put in each.puts])
     except BaseException:
         wait(futures)
-        puts.drop([put for future in futures if future.exception() is None for put in future.result().puts])
+        _drop([each for future in futures if future.exception() is None for each in future.result()])
         raise
-    return list(threads.map(lambda each: _as_stored(each, task.network.num_classes), found))
+    rows = [each.row for each in found]
+    old = [number for number, each in enumerate(found) if not all(put.is_new for put in each.puts)]
+    for number, row in zip(old, threads.map(lambda number: _as_stored(found[number], task), old), strict=True):
+        rows[number] = row
+    return rows
+
+
+def _batches(outcomes: Iterable["Outcome"], num_bytes: int) -> Iterator[list["Outcome"]]:
+    """Runs of outcomes whose masks together have about so many bytes, or one."""
+    batch: list[Outcome] = []
+    total = 0
+    for outcome in outcomes:
+        batch.append(outcome)
+        total += 0 if outcome.prediction is None else outcome.prediction.mask_HW.nbytes
+        if total >= num_bytes:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def _begin_all(task: "Task", outcomes: list["Outcome"]) -> list[Begun]:
+    found: list[Begun] = []
+    try:
+        for outcome in outcomes:
+            found.append(begin(task, outcome))
+    except BaseException:
+        _drop(found)
+        raise
+    return found
+
+
+def _drop(found: list[Begun]) -> None:
+    puts.drop([put for each in found for put in each.puts])
 
 
 def row_of(task: "Task", outcome: "Outcome") -> dict[str, Any]:
@@ -95,14 +134,13 @@ def row_of(task: "Task", outcome: "Outcome") -> dict[str, Any]:
     }
 
 
-def _as_stored(begun: Begun, num_classes: int) -> dict[str, Any]:
-    """The row with the bytes that are stored: where a PNG was before, row and PNG agree all the same."""
+def _as_stored(begun: Begun, task: "Task") -> dict[str, Any]:
+    """The row with the bytes that are stored, where a PNG was there before: row and PNG agree all the same."""
     row, stored = begun.row, [put.stored for put in begun.puts]
-    if not stored or all(put.is_new for put in begun.puts):
-        return row
     row["probability_png"] = stored[1] if len(stored) > 1 else None
     if stored[0] == row["mask_png"]:
         return row
+    num_classes = task.network.num_classes
     try:
         mask_HW = decode_mask(stored[0], num_classes)
     except ImageError as error:

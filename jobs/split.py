@@ -11,10 +11,9 @@ store, a shard in one piece, whose memory OBJECT_STORE_BYTES bounds. Where an ac
 """
 
 import pickle
-from collections.abc import Sequence
 from typing import Any
 
-from jobs.manifest import Shard
+from jobs.answers import Row, answer, shard_of
 from jobs.shard import Task
 from jobs.sink import Footer
 from jobs.worker import Worker
@@ -23,13 +22,9 @@ from unetpp.errors import UnetppError
 OBJECT_STORE_BYTES = 512 << 20
 """Of images and masks that are on their way; Ray holds back what would be more."""
 
-Row = dict[str, Any]
-"""A shard (number, start, end) with what was made of it: `data`, pickled; or, where there is nothing more to do, what
-ShardActor answers (stop, text)."""
 
-
-def footers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], others: dict[str, Any]) -> Any:
-    """Ray Data's dataset of answers, as ShardActor gives them, of a dataset of shards.
+def answers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], others: dict[str, Any]) -> Any:
+    """Ray Data's dataset of answers of a dataset of shards. Between the stages a row is both, and has `data`: the work.
 
     `engines` is the pool of actors that predict, `per_engine` what each of them holds, `others` what a task is given.
     """
@@ -50,12 +45,10 @@ def footers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], oth
 def read(row: Row, task: Task) -> Row:
     """Fetch and decode a shard's images."""
     try:
-        found = _worker(task).read(_shard_of(row))
+        found = _worker(task).read(shard_of(row))
     except UnetppError as error:
-        return _refused(row, error)
-    if isinstance(found, list):
-        return row | {"data": pickle.dumps(found)}
-    return row | _answer(found)
+        return _answered(row, error)
+    return _made(row, found) if isinstance(found, list) else _answered(row, found)
 
 
 class Engine:
@@ -69,39 +62,27 @@ class Engine:
         if not row["data"]:
             return row
         try:
-            return row | {"data": pickle.dumps(self._worker.predict(_shard_of(row), pickle.loads(row["data"])))}
+            return _made(row, self._worker.predict(shard_of(row), pickle.loads(row["data"])))
         except UnetppError as error:
-            return _refused(row, error)
+            return _answered(row, error)
 
 
-def write(row: Row, task: Task) -> dict[str, str]:
+def write(row: Row, task: Task) -> Row:
     """Commit a shard."""
-    if row["data"]:
-        try:
-            row |= _answer(_worker(task).write(_shard_of(row), pickle.loads(row["data"])))
-        except UnetppError as error:
-            row = _refused(row, error)
-    return {"stop": row["stop"], "text": row["text"]}
+    if not row["data"]:
+        return {"stop": row["stop"], "text": row["text"]}
+    try:
+        return answer(_worker(task).write(shard_of(row), pickle.loads(row["data"])))
+    except UnetppError as error:
+        return answer(error)
 
 
-def rows_of(shards: Sequence[Shard]) -> list[Row]:
-    """What `footers` begins with."""
-    return [
-        {"number": shard.number, "start": shard.start, "end": shard.stop, "stop": "", "text": "", "data": b""}
-        for shard in shards
-    ]
+def _made(row: Row, data: Any) -> Row:
+    return row | {"stop": "", "text": "", "data": pickle.dumps(data)}
 
 
-def _shard_of(row: Row) -> Shard:
-    return Shard(int(row["number"]), int(row["start"]), int(row["end"]))
-
-
-def _answer(footer: Footer | None) -> Row:
-    return {"stop": "", "text": "" if footer is None else footer.model_dump_json(), "data": b""}
-
-
-def _refused(row: Row, error: UnetppError) -> Row:
-    return row | {"stop": type(error).__name__, "text": str(error), "data": b""}
+def _answered(row: Row, made: Footer | UnetppError | None) -> Row:
+    return row | answer(made) | {"data": b""}
 
 
 _workers: dict[str, Worker] = {}

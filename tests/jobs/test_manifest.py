@@ -22,7 +22,7 @@ NOTHING_DONE = Done()
 PAPER = ModelConfig(level=4, deep_supervision=False)
 
 
-def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE, **size: int) -> Plan:
+def _plan(listing: list[Listed], shard_images: int = 4, done: Done = NOTHING_DONE, **size: Any) -> Plan:
     return planning.plan(listing, sources=["s", "t"], done=done, size=ShardSize(shard_images, **size))
 
 
@@ -91,28 +91,33 @@ def test_shards_are_cut_by_the_pixels_they_are_thought_to_have() -> None:
     assert plan.table["shard"].to_pylist() == [0, 1]  # an image at least
 
 
-def test_shards_are_smaller_where_there_would_be_few_of_them() -> None:
+def test_shards_become_smaller_towards_the_end() -> None:
     images = _listed(*(f"{number:03d}.png" for number in range(60)))
-    pixels = 10 * PIXELS_A_BYTE  # of one
-    assert _plan(images, 256, shards=4).num_shards == 4
-    assert _plan(images, 256, shards=4, pixels=5 * pixels).num_shards == 12
-    assert _plan(images, 256, shards=30, least_pixels=20 * pixels).num_shards == 3
-    assert _plan(images, 2, shards=4).num_shards == 30
+    pixel = 10 * PIXELS_A_BYTE  # of one
+
+    def sizes(shard_images: int, **size: Any) -> list[int]:
+        return list(Counter(_plan(images, shard_images, **size).table["shard"].to_pylist()).values())
+
+    assert sizes(256) == [60]
+    assert sizes(256, share=0.25) == [15, 11, 8, 6, 5, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert sizes(256, share=0.25, least_pixels=4 * pixel) == [15, 11, 8, 6, 5, 4, 4, 4, 3]
+    assert sizes(256, share=0.25, pixels=10 * pixel, least_pixels=4 * pixel) == [10, 10, 10, 7, 5, 4, 4, 4, 4, 2]
+    assert sizes(2, share=0.25) == [2] * 27 + [1] * 6
 
 
 @pytest.mark.parametrize(
-    ("asked", "images", "shards"),
+    ("asked", "share"),
     [
-        ({"backend": "inline", "threads": 1}, LARGEST.images, 8),
-        ({"backend": "ray", "threads": 1, "num_workers": 5}, LARGEST.images, 40),
+        ({"backend": "inline", "threads": 1}, 1 / 3),
+        ({"backend": "ray", "threads": 1, "num_workers": 5}, 1 / 15),
     ],
 )
-def test_a_forecast_makes_shards_of_about_thirty_seconds(asked: dict[str, Any], images: int, shards: int) -> None:
+def test_a_forecast_makes_shards_of_about_thirty_seconds(asked: dict[str, Any], share: float) -> None:
     places = {"model": "m", "input": "i", "output": "o", "engine": "openvino"}
     size = shard_size(PredictConfig.model_validate(places | asked), PAPER)
-    assert (size.images, size.shards) == (images, shards)
+    assert (size.images, size.share) == (LARGEST.images, pytest.approx(share))
     # 30 GMAC for 256 x 256, 60 of them a second
-    assert (size.pixels, size.least_pixels) == pytest.approx((60 * 256 * 256, 6 * 256 * 256), rel=0.02)
+    assert (size.pixels, size.least_pixels) == pytest.approx((60 * 256 * 256, 4 * 256 * 256), rel=0.02)
     flips = asked | {"mode": "accurate", "flips": True}
     assert shard_size(PredictConfig.model_validate(places | flips), PAPER).pixels == pytest.approx(
         size.pixels / 4, abs=1
