@@ -33,7 +33,7 @@ from unetpp.torch_engine import keep_freed_memory
 SPLIT_STEPS = 250
 
 
-def train(network: UNetPlusPlus, config: TrainConfig, images: list[LabelledImage]) -> dict[str, Any]:
+def train(network: UNetPlusPlus, config: TrainConfig, images: Sequence[LabelledImage]) -> dict[str, Any]:
     """Train `network` in place by a plain loop; steps and seconds."""
     num_steps = config.epochs * (config.steps_per_epoch or 1)
     state = TrainingState(config, num_steps, network, torch.device("cpu"), lambda alone: alone)
@@ -56,7 +56,7 @@ def gflop(network: UNetPlusPlus, crop_px: int) -> float:
     return counted.get_total_flops() / 1e9
 
 
-def quality(network: UNetPlusPlus, images: list[LabelledImage]) -> dict[str, list[float]]:
+def quality(network: UNetPlusPlus, images: Sequence[LabelledImage]) -> dict[str, list[float]]:
     """Per-image IoU of every head."""
     network.eval()
     scores: dict[str, list[float]] = {}

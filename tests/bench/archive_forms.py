@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jobs import predict, storage
 from jobs.contract import PredictConfig
@@ -34,7 +35,7 @@ def put(files: dict[str, bytes]) -> dict[str, tuple[str, Callable[[str], str]]]:
     forms: dict[str, tuple[str, Callable[[str], str]]] = {"loose": (f"{PLACE}/loose", str)}
     for name, pack in PACKED.items():
         storage.write_bytes(f"{PLACE}/{name}", pack(files))
-        forms[name] = (f"{PLACE}/{name}", lambda key, name=name: f"{name}#{key}")
+        forms[name] = (f"{PLACE}/{name}", f"{name}#{{}}".format)
     text = io.StringIO()
     csv.writer(text).writerows([("uri", "number"), *((f"loose/{name}", n) for n, name in enumerate(files))])
     storage.write_bytes(f"{PLACE}/list.csv", text.getvalue().encode())
@@ -55,7 +56,8 @@ def main() -> None:
     with (asked.data / "splits.csv").open() as file:
         ids = sorted(row["id"] for row in csv.DictReader(file) if row["split"] == asked.split)
     files = {f"{id_}.png": (asked.data / "images" / f"{id_}.png").read_bytes() for id_ in ids}
-    measured, wanted = [], {}
+    measured: list[dict[str, Any]] = []
+    wanted: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory(prefix="unetpp-bench-") as name, SeaweedFS(Path(name)) as server:
         os.environ.update(server.environment)
         for form, (place, key_in) in put(files).items():

@@ -9,6 +9,7 @@ so that the workers are as fast as each other although the machine has fewer cor
 
 import argparse
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -105,7 +106,7 @@ def measure(folder: Path, num_images: int, shard_images: int, num_nodes: int) ->
     try:
         for _ in range(num_nodes):
             cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         config = PredictConfig(
             model=str(folder / "model"), input=str(images), output=str(output), shard_images=shard_images, threads=1
         )

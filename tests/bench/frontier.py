@@ -99,17 +99,18 @@ def in_a_process(engine: str, level: Level, asked: argparse.Namespace, models: d
 
 def points(found: Measured, variants: dict[str, tuple[str, Level]]) -> list[dict[str, Any]]:
     """A row for every engine and level; `is_best`: no other one is as good for less."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (engine, level) in variants.items():
         if samples := found.samples.get(name):
             scores = samples[0]["image_iou"]
             low, high = bootstrap_interval(scores, num_bootstrap=5000, seed=0)
-            row = {"engine": engine, "level": level, "mean_iou": float(np.mean(scores)), "interval": [low, high]}
+            row: dict[str, Any] = {"engine": engine, "level": level}
+            row |= {"mean_iou": float(np.mean(scores)), "interval": [low, high]}
             costs = {figure: spread(found.values(name, figure)) for figure in ("cpu_s_per_mp", "wall_s_per_mp")}
             rows.append(row | costs)
-    for row in rows:
-        row["is_best"] = not any(
-            other["cpu_s_per_mp"]["median"] < row["cpu_s_per_mp"]["median"] and other["mean_iou"] >= row["mean_iou"]
+    for one in rows:
+        one["is_best"] = not any(
+            other["cpu_s_per_mp"]["median"] < one["cpu_s_per_mp"]["median"] and other["mean_iou"] >= one["mean_iou"]
             for other in rows
         )
     return rows
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(one(asked.one[0], int(asked.one[1]), asked.model, asked.data, asked.split)))  # type: ignore[arg-type]
+        print(json.dumps(one(asked.one[0], int(asked.one[1]), asked.model, asked.data, asked.split)))
         return
     with tempfile.TemporaryDirectory(prefix="unetpp-bench-") as folder:
         models, absent = with_int8(asked.model, Path(folder), asked.data, asked.engines)

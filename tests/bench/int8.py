@@ -22,9 +22,10 @@ from jobs.quantise import Guard
 from jobs.quantise import run as quantise
 from tests.bench.setting import setting
 from unetpp.card import read_pretrained
+from unetpp.engine_names import EngineName
 from unetpp.predictor import Predictor
 
-ENGINES = ("openvino", "openvino-int8")
+ENGINES: tuple[EngineName, ...] = ("openvino", "openvino-int8")
 TILE_PX = 512
 
 

@@ -30,7 +30,7 @@ def random_models(
     folder: Path, filters: Sequence[int], data: Path, engines: Sequence[str]
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Random networks as the engines want them, by precision; and why engines are left out."""
-    words = ["--model", folder / "float32", "--filters", *filters, "--data", data]
+    words = ["--model", str(folder / "float32"), "--filters", *map(str, filters), "--data", str(data)]
     measured([sys.executable, "-m", "tests.bench.subjects", *words], environment(1))
     return with_int8(folder / "float32", folder, data, engines, ANY_LOSS)
 
@@ -47,7 +47,7 @@ def with_int8(
     if (model / "int8.xml").exists():
         return models, absent
     if wanting := [engine for engine in engines if engine.endswith("int8") and engine not in absent]:
-        words = ["quantise", "--model", model, "--data", data, "--out", folder / "int8", *flags]
+        words = ["quantise", "--model", str(model), "--data", str(data), "--out", str(folder / "int8"), *flags]
         try:
             measured([sys.executable, "-m", "jobs.cli", *words], environment(1))
             models["int8"] = folder / "int8"

@@ -58,7 +58,7 @@ def run(program: Program, folder: Path) -> Sample:
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     images = folder / f"images-{program.num_images}"
-    words = [program.python, *program.words, images, "--output", output]
+    words = [str(program.python), *program.words, str(images), "--output", str(output)]
     cost = measured(words, environment(program.threads))
     if (num_masks := _num_masks(output)) != program.num_images:
         raise CommandError(f"{num_masks} masks of {program.num_images} images")
@@ -103,7 +103,7 @@ def ratios(found: Measured, sizes: dict[str, tuple[int, int]], level: int) -> di
             }
             if not all(theirs and ours for theirs, ours in each.values()):
                 continue
-            row = {
+            row: dict[str, Any] = {
                 figure: spread([one / other for one, other in zip(*pair, strict=False)])
                 for figure, pair in each.items()
             }

@@ -74,8 +74,9 @@ def alone_in_processes(num: int, model: Path, level: int, engine: str, folder: P
 def run(model: Path, level: int, engine: str, cores: int, folder: Path, flags: Sequence[str]) -> Sample:
     """One run over a folder, its output thrown away."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as output:
-        words = [sys.executable, "-m", "jobs.cli", "predict", "--model", model, "--level", level, "--engine", engine]
-        words += ["--threads", "1", "--num-workers", cores, "--input", folder, "--output", output, *flags]
+        words = [sys.executable, "-m", "jobs.cli", "predict", "--model", str(model), "--level", str(level)]
+        words += ["--engine", engine, "--threads", "1", "--num-workers", str(cores)]
+        words += ["--input", str(folder), "--output", output, *flags]
         return measured(words, environment(1)).figures()
 
 

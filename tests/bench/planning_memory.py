@@ -14,9 +14,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jobs import done, manifest, planning, sink
 from jobs.manifest import Listed
+from jobs.planning import ShardSize
 from jobs.storage import StoredObject
 from tests.bench.setting import setting
 
@@ -32,7 +34,7 @@ def listing(num_objects: int) -> Iterator[StoredObject]:
 
 def write_table(output: str, num_objects: int) -> None:
     """Commit nine of ten objects, in parts of many shards' size: few files, so that planning is what is measured."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     parts = iter(range(1_000_000))
 
     def commit() -> None:
@@ -62,7 +64,7 @@ def plan(output: str, num_objects: int) -> dict[str, int]:
         output, DIGEST, sources={SOURCE}, write=("parquet",), written_by_run={"r00001": ("parquet",)}, waiting=()
     )
     planned = planning.plan(
-        (Listed(0, *found) for found in listing(num_objects)), sources=[SOURCE], done=before, shard_images=64
+        (Listed(0, *found) for found in listing(num_objects)), sources=[SOURCE], done=before, size=ShardSize(64)
     )
     size = len(manifest.encode(planned.table))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -68,7 +68,7 @@ def main() -> None:
         steps = f"steps_per_epoch={round(asked.steps * factor)}"
         config = load_config(TrainConfig, asked.config, [*common, *settings, steps])
         network = first_network(config, initial)
-        print(name, train(network, config, list(train_images)), flush=True)
+        print(name, train(network, config, train_images), flush=True)
         scores[name] = quality(network, val_images)
         print({head: round(float(np.mean(values)), 4) for head, values in scores[name].items()}, flush=True)
     for name, heads in scores.items():

@@ -72,18 +72,8 @@ def run(command: Command, images: Path, folder: Path) -> Sample:
     output, notes = folder / "output", folder / "notes"
     shutil.rmtree(output, ignore_errors=True)
     notes.unlink(missing_ok=True)
-    words = [
-        sys.executable,
-        "-m",
-        "jobs.cli",
-        "predict",
-        "--model",
-        command.model,
-        "--input",
-        images,
-        "--output",
-        output,
-    ]
+    words = [sys.executable, "-m", "jobs.cli", "predict", "--model", str(command.model)]
+    words += ["--input", str(images), "--output", str(output)]
     words += ["--backend", command.backend, "--threads", "1", *command.flags]
     paths = f"{command.tree}:{PROBE}"
     cost = measured(words, environment(1, PYTHONPATH=paths, UNETPP_BENCH_NOTES=notes), cwd=command.tree)

@@ -21,7 +21,7 @@ class UNet(UNetPlusPlus):
         filters, level = config.filters, config.level
         inputs = (config.in_channels, *filters[:level])
         self.encoders = nn.ModuleList([Node(inputs[i], filters[i], config.norm) for i in range(level + 1)])
-        self.ups = nn.ModuleList([_upsampler(filters[i + 1], filters[i], config.upsample) for i in range(level)])
+        self.upsamplers = nn.ModuleList([_upsampler(filters[i + 1], filters[i], config.upsample) for i in range(level)])
         lifted = [filters[i] if config.upsample == "deconv" else filters[i + 1] for i in range(level)]
         self.decoders = nn.ModuleList([Node(filters[i] + lifted[i], filters[i], config.norm) for i in range(level)])
         self.head = nn.Conv2d(filters[0], config.num_classes, 1)
@@ -32,10 +32,10 @@ class UNet(UNetPlusPlus):
     def heads_of(self, x_BCHW: Tensor) -> dict[int, Tensor]:
         """See `UNetPlusPlus.heads_of`."""
         features = (x_BCHW - self.mean) / self.std
-        skips = []
+        skips: list[Tensor] = []
         for encoder in self.encoders:
             features = encoder(features if not skips else F.max_pool2d(features, 2))
             skips.append(features)
         for i in reversed(range(self.config.level)):
-            features = self.decoders[i](torch.cat([skips[i], self.ups[i](features)], dim=1))
+            features = self.decoders[i](torch.cat([skips[i], self.upsamplers[i](features)], dim=1))
         return {self.config.level: self.head(features)}

@@ -44,8 +44,9 @@ from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 from unetpp.checkpoint import read_pretrained, save_pretrained
 from unetpp.config import ModelConfig, ValueRange
+from unetpp.measuring import logits_by_level
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import Predictor, logits_by_level
+from unetpp.predictor import Predictor
 from unetpp.tiles import Box
 
 BOX_PX, NUM_BOXES = 160, 64
@@ -126,7 +127,7 @@ def wrong_pixels(image: np.ndarray, mask_HW: np.ndarray, predictor: Predictor, w
     """How many pixels of the boxes differ from what each gives alone, in a cut that is no window of ours."""
     num_wrong = num_foreground = 0
     margin = -(-predictor.config.halo_px // 64) * 64
-    boxes = chosen_boxes(*image.shape[:2], window_px)
+    boxes = chosen_boxes(image.shape[0], image.shape[1], window_px)
     for box in boxes:
         y0, x0 = ((max(0, start - margin)) // 64 * 64 for start in (box.y0, box.x0))
         (alone_HW,) = predictor([np.array(image[y0 : box.y1 + margin, x0 : box.x1 + margin])])
@@ -157,7 +158,7 @@ def needed_bytes(page: tifffile.TiffPage, window_px: int, predictor: Predictor) 
         row = ManifestRow(
             *(0, 0, "", "", 0, "", -1),
             *(box.y0, box.x0, box.height, box.width, len(boxes), window_px),
-            *(*page.shape[:2], 0, None),
+            *(page.imagelength, page.imagewidth, 0, None),
         )
         part = windows.reading(row, predictor.config)
         total += sum(page.databytecounts[n] for n in tiles_of(page, box if part is None else part.outer))
@@ -180,13 +181,14 @@ def one_run(
     arguments: argparse.Namespace, folder: Path, proxy: FaultProxy, path: Path, predictor: Predictor, window_px: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Predict and assemble an image: what it took, and the mask."""
-    level, page = predictor.level, tifffile.TiffFile(path).pages[0]
+    level, page = predictor.level, tifffile.TiffFile(path).pages.first
     output, mask = folder / f"{path.stem}-L{level}-{window_px}", folder / f"{path.stem}-L{level}-{window_px}.tif"
     words = ["--model", arguments.model, "--level", str(level), "--input", f"s3://archive/{path.stem}"]
     words += ["--window-px", str(window_px), "--backend", "inline", "--threads", "1", "--write", "parquet"]
     proxy.bodies.clear()
     proxy.ranges.clear()
-    run = {"window_px": window_px, "num_windows": len(windows.grid(*page.shape[:2], window_px))}
+    num_windows = len(windows.grid(page.imagelength, page.imagewidth, window_px))
+    run: dict[str, Any] = {"window_px": window_px, "num_windows": num_windows}
     run |= measured(["predict", *words, "--output", str(output)])
     ranges = [(start, stop) for where, start, stop in proxy.ranges if path.name in where]
     num_read, of_tiles = proxy.bytes_of("GET", path.name), bytes_of_tiles(page, ranges)
@@ -202,7 +204,7 @@ def one_level(arguments: argparse.Namespace, folder: Path, proxy: FaultProxy, pa
     predictor = Predictor.from_pretrained(arguments.model, level=level)
     first, mask_HW = one_run(arguments, folder, proxy, path, predictor, arguments.window_px)
     image = tifffile.imread(path)
-    shown = {
+    shown: dict[str, Any] = {
         "level": level,
         "foreground": round(float((mask_HW > 0).mean()), 4),
         "runs": [first],

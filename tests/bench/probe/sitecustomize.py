@@ -44,7 +44,8 @@ def note(span: str, begin: tuple[float, float]) -> None:
 
 def timed(owner: Any, name: str, span: str) -> None:
     """Put a function in its own place that notes its first call."""
-    function, done = getattr(owner, name), []
+    function = getattr(owner, name)
+    done: list[bool] = []
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ class Segmenter:
 
     def __init__(self, model: str, level: int) -> None:
         self.level = level
-        self.model = from_pretrained(model, level).eval()  # type: ignore[arg-type]
+        self.model = from_pretrained(model, level).eval()
 
     @daft.method.batch(return_dtype=DataType.binary(), batch_size=8)
     def masks(self, images: Series) -> list[Any]:
