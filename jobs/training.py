@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jobs.contract import TrainConfig
 from unetpp.config import ModelConfig
@@ -22,6 +22,7 @@ MAX_SKIPPED = 10
 
 Batch = tuple[Tensor, Tensor]
 """x_BCHW float32 and target_BHW uint8."""
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class DivergedError(UnetppError):
@@ -44,7 +45,7 @@ class TrainingState:
         self.seconds, self.num_skipped, self.learning_rate_factor = 0.0, 0, 1.0
         self._skipped_in_a_row = 0
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = AveragedModel(self.network, avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
+        self.average = AveragedModel(self.network, multi_avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
         self._trained = share(self.network)
         self._forward = torch.compile(self._trained) if config.compile else self._trained
         self.optimiser = _optimiser(self.network, config)
@@ -195,7 +196,7 @@ def _optimiser(network: UNetPlusPlus, config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.SGD(
             network.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
         )
-    return torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def _autocast_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -205,13 +206,12 @@ def _autocast_type(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
 
 
-def _warmed_up_average(decay: float) -> Callable[..., Tensor]:
+def _warmed_up_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Exponential moving average whose early steps forget the random start faster."""
 
-    def average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+    def average(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
         n = float(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        return torch.lerp(averaged, current, weight) if averaged.is_floating_point() else current
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
 
     return average
 
