@@ -134,18 +134,18 @@ def draw(rows: list[dict[str, Any]], others: dict[str, float], title: str) -> Fi
     axes = figure.subplots()
     best = sorted((row["cpu_s_per_mp"]["median"], row["mean_iou"]) for row in rows if row["is_best"])
     axes.plot(*zip(*best, strict=True), "-", color="#c9d8c9", lw=9, solid_capstyle="round", zorder=0)
-    for engine in dict.fromkeys(row["engine"] for row in rows):
+    for number, engine in enumerate(dict.fromkeys(row["engine"] for row in rows)):
+        beside = ((5, -10), (-13, 5))[number % 2]
         own = [row for row in rows if row["engine"] == engine]
         costs, scores = [row["cpu_s_per_mp"]["median"] for row in own], [row["mean_iou"] for row in own]
         axes.plot(costs, scores, "o-", color=COLOURS.get(engine, "#444444"), lw=1.3, ms=5, label=engine)
         for row, cost, score in zip(own, costs, scores, strict=True):
-            axes.annotate(f"L{row['level']}", (cost, score), textcoords="offset points", xytext=(5, -10), fontsize=7)
-    low = min(row["mean_iou"] for row in rows)
-    for peer, cost in others.items():
+            axes.annotate(f"L{row['level']}", (cost, score), textcoords="offset points", xytext=beside, fontsize=7)
+    low, high = (of_all(row["mean_iou"] for row in rows) for of_all in (min, max))
+    for number, (peer, cost) in enumerate(others.items()):
         axes.axvline(cost, color="#999999", lw=0.9, ls="--", zorder=0)
-        axes.annotate(
-            peer, (cost, low), textcoords="offset points", xytext=(-3, 0), rotation=90, ha="right", fontsize=7
-        )
+        place = (cost, low + (high - low) / 2 * (number % 2))
+        axes.annotate(peer, place, textcoords="offset points", xytext=(-3, 0), rotation=90, ha="right", fontsize=7)
     _style(axes, title)
     figure.legend(fontsize=8, loc="outside right upper")
     axes.set_xlabel("CPU seconds per megapixel, one thread" + ("; dashed: others, by cost alone" if others else ""))
