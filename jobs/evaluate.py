@@ -23,6 +23,7 @@ from jobs.labelled import Sample
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged
+from unetpp.allocator import keep_freed_memory
 from unetpp.checkpoint import (
     GroupScore,
     LevelScore,
@@ -41,7 +42,6 @@ from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, i
 from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
 from unetpp.predictor import load_engine, refuse_single_head
 from unetpp.prune import prune
-from unetpp.torch_engine import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

@@ -38,9 +38,9 @@ from jobs.stream import STREAM, crop_stream
 from jobs.train_records import logged
 from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
+from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import Pretrained, digest, save_pretrained
 from unetpp.errors import ConfigError, StorageError, UnetppError
-from unetpp.torch_engine import KEEP_FREED
 
 logger = logging.getLogger(__name__)
 

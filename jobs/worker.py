@@ -29,6 +29,7 @@ from jobs.models import fetch_model
 from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
+from unetpp.allocator import return_large_arrays
 from unetpp.errors import ModelError, UnetppError
 from unetpp.predictor import Predictor
 
@@ -46,6 +47,7 @@ class Worker:
     """Takes shards, one after the other, through the three functions. Loads the model at the first."""
 
     def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
+        return_large_arrays()
         self.task = task
         self._reading, self._writing = storage.io_threads(), storage.io_threads()
         if predictor is not None:

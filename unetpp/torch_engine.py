@@ -1,9 +1,7 @@
 """Engines of torch, and the arithmetic between file values, logits and masks that they share with training."""
 
 import copy
-import ctypes
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unetpp.allocator import keep_freed_memory
 from unetpp.checkpoint import arrays_of, model_of
 from unetpp.config import ModelConfig
 from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, levels_read, value_range
@@ -169,31 +168,3 @@ class TorchEngine(ReferenceEngine):
 
     def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
         return scale(tiles_BHWC, self.config)
-
-
-KEEP_FREED = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-"""`keep_freed_memory` as variables of a process's environment, for one whose threads are not ours to start."""
-
-_MALLOPT = {"MALLOC_ARENA_MAX": -8, "MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2}
-"""What mallopt calls these."""
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed activations instead of returning them to the kernel after every forward.
-
-    Without it each forward faults its memory in again: 1.2 to 1.8 times the CPU time of eager torch. Takes full effect
-    when called in a process's main thread before it starts others; does nothing where there is no glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return
-    for name, parameter in _MALLOPT.items():
-        mallopt(parameter, int(KEEP_FREED[name]))

@@ -25,10 +25,10 @@ from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
 from jobs.training import TrainingState
 from tests.bench.setting import setting
 from tests.bench.unet import UNet
+from unetpp.allocator import keep_freed_memory
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import bootstrap_interval, confusion_counts, iou
 from unetpp.model import UNetPlusPlus, count_parameters
-from unetpp.torch_engine import keep_freed_memory
 
 SPLIT_STEPS = 250
 

@@ -26,6 +26,7 @@ from tests.bench.models import engine_model, random_models
 from tests.bench.processes import environment, last_line, measured
 from tests.bench.rounds import Measured, Sample, interleaved, write
 from tests.bench.subjects import PAPER, crops, eager
+from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import read_pretrained
 from unetpp.config import Level
 from unetpp.engine_names import PRECISION
@@ -34,12 +35,6 @@ from unetpp.predictor import Predictor
 
 SIDE_PX, NUM_IMAGES = 256, 4
 MATRIX = 2048
-KEEP_FREED = {
-    "MALLOC_ARENA_MAX": 1,
-    "MALLOC_MMAP_MAX_": 0,
-    "MALLOC_TRIM_THRESHOLD_": 1 << 34,
-    "MALLOC_TOP_PAD_": 1 << 28,
-}
 PEAKS = {"f32": ("torch.mm", "oneDNN linear"), "int8": ("torch._int_mm",)}
 """Products that tell the peak of a precision; what no product was timed for has no share."""
 TARGETS = {"openvino": 0.80, "openvino-int8": 0.70, "torch": 0.68}

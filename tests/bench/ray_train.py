@@ -24,9 +24,9 @@ from jobs.config_file import load_config
 from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, load, open_labelled_set
 from tests.bench.setting import setting
+from unetpp.allocator import keep_freed_memory
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
-from unetpp.torch_engine import keep_freed_memory
 
 SHORT, LONG = 20, 100
 VARIANTS = {"plain, 2 threads": (0, 2), "ray, 2 threads": (1, 2), "ray, 1 thread": (1, 1), "ray, 2 workers": (2, 1)}

@@ -22,8 +22,8 @@ from jobs.models import fetch_model
 from jobs.training import first_network
 from tests.bench.against_unet import mean_with_interval, quality, train
 from tests.bench.setting import setting
+from unetpp.allocator import keep_freed_memory
 from unetpp.checkpoint import from_pretrained
-from unetpp.torch_engine import keep_freed_memory
 
 VARIANTS: dict[str, tuple[float, list[str]]] = {
     "joint, equal weights": (1, []),
