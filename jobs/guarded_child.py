@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unetpp.allocator import return_large_arrays
 from unetpp.errors import ImageError
 from unetpp.regions import Picture
 from unetpp.spans import BATCH_SPANS, Read, Span
@@ -75,6 +76,7 @@ def predicting(model_dir: str, **how: Any) -> Work:
 
 def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
     """Answer until the parent closes the socket, or is gone."""
+    return_large_arrays()
     seconds, memory_bytes, kind = work.pop("seconds"), work.pop("memory_bytes"), work.pop("kind")
     connection = Connection(socket_fd)
 
