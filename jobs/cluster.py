@@ -11,6 +11,11 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the jobs show their own
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+}
+"""What the processes of a private Ray need not gather, since there is no dashboard: a quarter of what they cost."""
 
 
 def is_cluster() -> bool:
@@ -36,6 +41,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     if is_cluster():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
+        os.environ.update({name: value for name, value in UNWATCHED.items() if name not in os.environ})
         ray.init(
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),
