@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,6 +23,11 @@ def is_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def _set_where_unset(values: Mapping[str, str]) -> None:
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
     """Connect to Ray for the duration of a job.
@@ -30,7 +35,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     Inside a submitted job (RAY_ADDRESS is set) that is its cluster. Else a new private one is started on this machine,
     never one that happens to run here, with at least `num_cpus` logical CPUs; it ends with the block.
     """
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    _set_where_unset(QUIET)
     # A private cluster asks for a token by itself, and says so as a warning; its log format is not ours.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     import ray
@@ -41,7 +46,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     if is_cluster():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        os.environ.update({name: value for name, value in UNWATCHED.items() if name not in os.environ})
+        _set_where_unset(UNWATCHED)
         ray.init(
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),

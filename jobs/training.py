@@ -207,11 +207,16 @@ def _autocast_type(config: TrainConfig, device: torch.device) -> torch.dtype | N
 
 
 def _warmed_up_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """Exponential moving average whose early steps forget the random start faster."""
+    """Exponential moving average whose early steps forget the random start faster. Counters are copied."""
 
     def average(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+        # All tensors of one call have one type and device.
+        if averaged[0].is_floating_point():
+            n = float(num_averaged)
+            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+        else:
+            for count, value in zip(averaged, current, strict=True):
+                count.copy_(value)
 
     return average
 
