@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bench.processes import CommandError, environment, last_line, measured
+from tests.bench.processes import CommandError, environment, last_line, measured, new_output
 from tests.bench.rounds import Measured, Sample, interleaved, spread, write
 from tests.bench.subjects import crops, mosaic, write_images
 from unetpp.checkpoint import read_pretrained
@@ -56,9 +56,8 @@ def run_of(num_images: int, asked: argparse.Namespace, folder: Path) -> Sample:
     words = ["predict", "--model", asked.model, "--engine", asked.engine, "--threads", "1", "--backend", asked.backend]
     words += ["--num-workers", "1"] if asked.backend == "ray" else []
     words += ["--level", asked.level] if asked.level else []
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        words += ["--input", folder / f"images-{num_images}", "--output", output]
-        return measured([sys.executable, "-m", "jobs.cli", *words], environment(1)).figures()
+    words += ["--input", folder / f"images-{num_images}", "--output", new_output(folder)]
+    return measured([sys.executable, "-m", "jobs.cli", *words], environment(1)).figures()
 
 
 def sides(found: Measured, asked: argparse.Namespace) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ write them; smp's network is another one (an encoder of its own), all others are
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from tests.bench.models import engine_model, random_models
-from tests.bench.processes import CommandError, environment, measured
+from tests.bench.processes import CommandError, environment, measured, new_output
 from tests.bench.rounds import Measured, Sample, interleaved, spread, write
 from tests.bench.subjects import PAPER, crops, write_images
 
@@ -55,8 +54,7 @@ def ours(engine: str, backend: str, model: Path, level: int, threads: int) -> tu
 
 def run(program: Program, folder: Path) -> Sample:
     """Run it; CommandError where a mask is missing."""
-    output = folder / "output"
-    shutil.rmtree(output, ignore_errors=True)
+    output = new_output(folder)
     images = folder / f"images-{program.num_images}"
     words = [str(program.python), *program.words, str(images), "--output", str(output)]
     cost = measured(words, environment(program.threads))

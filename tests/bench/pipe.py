@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.models import engine_model, random_models
-from tests.bench.processes import environment, measured
+from tests.bench.processes import environment, measured, new_output
 from tests.bench.rounds import Measured, Sample, interleaved, spread, write
 from tests.bench.subjects import PAPER, crops, write_images
 from unetpp.images import encode_mask, read_image
@@ -72,12 +72,11 @@ def alone_in_processes(num: int, model: Path, level: int, engine: str, folder: P
 
 
 def run(model: Path, level: int, engine: str, cores: int, folder: Path, flags: Sequence[str]) -> Sample:
-    """One run over a folder, its output thrown away."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as output:
-        words = [sys.executable, "-m", "jobs.cli", "predict", "--model", str(model), "--level", str(level)]
-        words += ["--engine", engine, "--threads", "1", "--num-workers", str(cores)]
-        words += ["--input", str(folder), "--output", output, *flags]
-        return measured(words, environment(1)).figures()
+    """One run over a folder."""
+    words = [sys.executable, "-m", "jobs.cli", "predict", "--model", str(model), "--level", str(level)]
+    words += ["--engine", engine, "--threads", "1", "--num-workers", str(cores)]
+    words += ["--input", str(folder), "--output", str(new_output(folder.parent)), *flags]
+    return measured(words, environment(1)).figures()
 
 
 def shares(found: Measured, name: str, sizes: tuple[int, int], cores: int) -> dict[str, Any]:

@@ -41,6 +41,15 @@ class Cost:
         return {name: value for name, value in asdict(self).items() if name in ("cpu_s", "wall_s", "peak_mib")}
 
 
+def new_output(folder: Path) -> Path:
+    """An empty folder for one run's output, to be left there until the last run is over.
+
+    ext4 gives no inode away that was freed in the last minutes: every file that is made after many were deleted searches
+    past all of them, so that a run would pay for its predecessor's clearing up.
+    """
+    return Path(tempfile.mkdtemp(dir=folder, prefix="output-"))
+
+
 class CommandError(Exception):
     """A command that was measured did not end well; the text is the end of what it said."""
 
