@@ -42,9 +42,9 @@ class Cost:
 
 
 def new_output(folder: Path) -> Path:
-    """An empty folder for one run's output, to be left there until the last run is over.
+    """An empty folder for one run, to be left there until the last run is over.
 
-    ext4 gives no inode away that was freed in the last minutes: every file that is made after many were deleted searches
+    ext4 gives no inode away that was freed in the last minutes: a file that is made after many were deleted searches
     past all of them, so that a run would pay for its predecessor's clearing up.
     """
     return Path(tempfile.mkdtemp(dir=folder, prefix="output-"))
