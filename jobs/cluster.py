@@ -14,8 +14,10 @@ QUIET = {
 UNWATCHED = {
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
 }
-"""What the processes of a private Ray need not gather, since there is no dashboard: a quarter of what they cost."""
+"""What the processes of a private Ray need not gather or watch, since there is no dashboard and one machine."""
 
 
 def is_cluster() -> bool:

@@ -4,7 +4,7 @@ A run is named after the fingerprints of its config and its data: the same call 
 
 ```
 <output>/<name>-<fingerprint>/checkpoints/   best and last epochs, see jobs.checkpoints
-<output>/<name>-<fingerprint>/records/       epochs.csv, and events for TensorBoard
+<output>/<name>-<fingerprint>/records/       log.txt, epochs.csv, and events for TensorBoard
 <output>/<name>-<fingerprint>/model/         the best epoch, exported
 <output>/<name>-<fingerprint>/result.json    written last
 ```
@@ -23,7 +23,6 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.queue import Queue
 
 from jobs import checkpoints, models, storage
 from jobs.calibrate import calibrate
@@ -35,7 +34,7 @@ from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
 from jobs.labelled import LabelledSet
 from jobs.provenance import training_data
 from jobs.stream import STREAM, crop_stream
-from jobs.train_records import logged
+from jobs.train_records import followed
 from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
@@ -135,7 +134,7 @@ def _fit(
     use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     with storage.arrow(run_uri) as (filesystem, storage_path):
         pass
-    news, threads = Queue(actor_options={"num_cpus": 0}), _threads(config)
+    threads = _threads(config)
     fewest, most = config.worker_bounds
     trainer = TorchTrainer(
         train_worker,
@@ -148,7 +147,6 @@ def _fit(
             "val": ray.put(val),
             "steps_per_epoch": steps_per_epoch,
             "threads": threads,
-            "news": news,
         },
         datasets=None if stream is None else {STREAM: stream},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -169,7 +167,7 @@ def _fit(
         ),
     )
     try:
-        with logged(news):
+        with followed(run_uri):
             trainer.fit()
     except WorkerGroupError as error:
         ours = [cause for cause in error.worker_failures.values() if isinstance(cause, UnetppError)]

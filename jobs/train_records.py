@@ -1,6 +1,7 @@
-"""What a training run says of itself: sentences for the driver's log, a table of epochs, TensorBoard's events.
+"""What a training run says of itself: sentences, a table of epochs, TensorBoard's events.
 
 ```
+<run>/records/log.txt                         a sentence a line, after its time; made anew with every sentence
 <run>/records/epochs.csv                      made anew after every epoch
 <run>/records/tensorboard/events.out.tfevents.<epoch>.unetpp      one file an epoch
 ```
@@ -14,31 +15,60 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-from ray.util.queue import Empty, Queue
 from torch import Tensor
 
 from jobs import storage
 from jobs.checkpoints import EpochMetrics
+from unetpp.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 30
+LOOK_S = 1.0
+LOOK_REMOTE_S = 5.0
+"""So often the driver looks for new sentences; in object storage every look is a request."""
+
+
+class RunLog:
+    """The sentences of a run, the oldest first, over all calls that worked on it. One process writes."""
+
+    def __init__(self, run_uri: str) -> None:
+        self.uri = storage.join(run_uri, "records", "log.txt")
+        self._lines: list[str] | None = None
+
+    def lines(self) -> list[str]:
+        """Those that are written, each `<time>  <sentence>`."""
+        try:
+            return storage.read_bytes(self.uri).decode().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def write(self, sentence: str) -> None:
+        """Say something. A place that cannot be written ends no training here: the next sentence brings this along."""
+        try:
+            if self._lines is None:
+                self._lines = self.lines()
+            self._lines.append(f"{datetime.now(UTC).isoformat(timespec='seconds')}  {sentence}")
+            storage.write_bytes(self.uri, "".join(f"{line}\n" for line in self._lines).encode())
+        except StorageError as error:
+            logger.warning("%s (%s)", sentence, error)
 
 
 class Progress:
-    """Sentences for the driver's log: one an epoch, and one now and then between. Silent without a channel."""
+    """Sentences for the run's log: one an epoch, and one now and then between. Silent without a log."""
 
-    def __init__(self, news: Queue | None, num_epochs: int, steps_per_epoch: int) -> None:
-        self.news = news
+    def __init__(self, log: RunLog | None, num_epochs: int, steps_per_epoch: int) -> None:
+        self.log = log
         self.num_epochs = num_epochs
         self.steps_per_epoch = steps_per_epoch
         self._told = time.monotonic()
 
     def step(self, epoch: int, step: int, loss: Tensor) -> None:
         """Say how far the epoch is, at most every PROGRESS_S seconds: reading `loss` waits for its device."""
-        if self.news is not None and time.monotonic() - self._told > PROGRESS_S:
+        if self.log is not None and time.monotonic() - self._told > PROGRESS_S:
             self.tell(
                 f"epoch {epoch + 1}/{self.num_epochs}  step {step}/{self.steps_per_epoch}  loss {float(loss):.4f}"
             )
@@ -55,31 +85,38 @@ class Progress:
     def tell(self, sentence: str) -> None:
         """Say something else."""
         self._told = time.monotonic()
-        if self.news is not None:
-            self.news.put(sentence)
+        if self.log is not None:
+            self.log.write(sentence)
 
 
 @contextmanager
-def logged(news: Queue) -> Iterator[None]:
-    """Log what the workers tell, while the block runs."""
-    over = threading.Event()
+def followed(run_uri: str) -> Iterator[None]:
+    """Log what the run says in its own log while the block runs: its workers may be on other machines."""
+    log, over = RunLog(run_uri), threading.Event()
+    num_known = len(log.lines())
 
-    def listen() -> None:
+    def follow() -> None:
+        nonlocal num_known
         while True:
+            is_last = over.wait(LOOK_REMOTE_S if storage.is_remote(run_uri) else LOOK_S)
             try:
-                logger.info(news.get(timeout=1))
-            except Empty:
-                if over.is_set():
-                    return
+                new = log.lines()[num_known:]
+            except StorageError as error:
+                new = []
+                logger.warning("%s", error)
+            for line in new:
+                logger.info("%s", line.partition("  ")[2])
+            num_known += len(new)
+            if is_last:
+                return
 
-    listener = threading.Thread(target=listen, name="training progress")
-    listener.start()
+    follower = threading.Thread(target=follow, name="training progress")
+    follower.start()
     try:
         yield
     finally:
         over.set()
-        listener.join()
-        news.shutdown()
+        follower.join()
 
 
 def write_records(

@@ -19,7 +19,7 @@ from jobs.dataset import CropSampler, LabelledImage
 from jobs.models import fetch_model
 from jobs.provenance import provenance
 from jobs.stream import streamed_batches
-from jobs.train_records import Progress, write_records
+from jobs.train_records import Progress, RunLog, write_records
 from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
 from unetpp.errors import ConfigError
@@ -82,8 +82,8 @@ class Worker:
         self.environment = provenance()
         self.val = ray.get(settings["val"])
         self.sampler = CropSampler(ray.get(settings["train"]), self.config) if settings["train"] else None
-        news = settings["news"] if self.rank == 0 else None
-        self.progress = Progress(news, self.config.epochs, self.steps_per_epoch)
+        log = RunLog(self.run_uri) if self.rank == 0 else None
+        self.progress = Progress(log, self.config.epochs, self.steps_per_epoch)
 
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -177,8 +178,10 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_a_row_of_them_ends
     assert all(weights.isfinite().all() for weights in state.network.parameters())
 
 
-def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path) -> None:
-    result = run(config(data_dir, tmp_path))
+def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "jobs.train_records"):
+        result = run(config(data_dir, tmp_path))
+    assert ["epoch 1/2" in caplog.messages[0], "epoch 2/2" in caplog.messages[1]] == [True, True]
     seen = scalars(result)
     assert list(seen["train/loss"]) == list(seen["train/learning_rate"]) == [0, 1, 2, 3, 4, 5]
     assert list(seen["val_iou/L2"]) == [3, 6]
