@@ -1,5 +1,6 @@
 """What tests of all rooms share: a real S3 server, a tiny model, an archive of images, a private Ray."""
 
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.logs import OURS
 from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
@@ -29,6 +31,14 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not there")
     return SHARED
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """pytest's own, which our loggers reach also after a test of the command line has given them their handler."""
+    for name in OURS:
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    return caplog
 
 
 # --------------------------------------------------------------------------------------------------- S3

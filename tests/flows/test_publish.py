@@ -17,7 +17,6 @@ def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """The log, with a Prefect server somewhere."""
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     caplog.set_level(logging.INFO, logger="flows.job")
-    monkeypatch.setattr(logging.getLogger("flows"), "propagate", True)
     return caplog
 
 
