@@ -183,6 +183,34 @@ def criteria(split: Split, shallow: int, deep: int) -> dict[str, Callable[[Split
     return named | {"oracle": lambda other: other.gain(shallow, deep)}
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Tiles of which the criterion says more than the threshold are predicted by the deep level."""
+
+    shallow: int
+    deep: int
+    criterion: Callable[[Split], Values]
+    threshold: float
+
+    def _adaptive(self, split: Split, way: str) -> tuple[float, Values]:
+        return split.adaptive(self.shallow, self.deep, self.criterion(split) > self.threshold, way)
+
+    def ahead(self, split: Split, way: str) -> Values:
+        """IoU of every image, less the frontier's at the same cost."""
+        cost, image_iou = self._adaptive(split, way)
+        return image_iou - split.frontier(cost)
+
+    def told(self, split: Split, way: str) -> dict[str, Any]:
+        """For the report: the part of tiles that go deeper, cost, quality and how far it is above the frontier."""
+        cost, image_iou = self._adaptive(split, way)
+        return {
+            "deeper": float((self.criterion(split) > self.threshold).mean()),
+            "gmac": cost,
+            "iou": float(image_iou.mean()),
+            "ahead": mean_with_interval(self.ahead(split, way)),
+        }
+
+
 def main() -> None:
     """Choose on validation images, look at the test images once, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,11 +234,11 @@ def main() -> None:
         "best_on_val": {},
     }
     for way in WAYS:
-        rows = list(tried(val, way, test))
-        for name in sorted({row["criterion"] for row in rows}):
-            best = max((row for row in rows if row["criterion"] == name), key=lambda row: row["val"]["ahead"]["mean"])
-            report["best_on_val"][f"{way}, {name}"] = best
-            print(way, json.dumps(best), flush=True)
+        for name, choice in best_on(val, way).items():
+            told = {where: choice.told(split, way) for where, split in (("val", val), ("test", test)) if split}
+            levels = [choice.shallow, choice.deep]
+            report["best_on_val"][f"{way}, {name}"] = {"levels": levels, "threshold": choice.threshold, **told}
+            print(f"{way}, {name}", json.dumps(report["best_on_val"][f"{way}, {name}"]), flush=True)
     asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -221,24 +249,17 @@ def levels_of(split: Split) -> dict[str, Any]:
     }
 
 
-def tried(val: Split, way: str, test: Split | None) -> Any:
-    """Every pair of levels, criterion and threshold."""
-    for shallow, deep in itertools.combinations(sorted(val.iou), 2):
-        for name, criterion in criteria(val, shallow, deep).items():
+def best_on(split: Split, way: str) -> dict[str, Choice]:
+    """By criterion, the pair of levels and the threshold that are furthest above the frontier."""
+    best: dict[str, tuple[float, Choice]] = {}
+    for shallow, deep in itertools.combinations(sorted(split.iou), 2):
+        for name, criterion in criteria(split, shallow, deep).items():
             for share in SHARES:
-                threshold = float(np.quantile(criterion(val), 1 - share))
-                row: dict[str, Any] = {"levels": [shallow, deep], "criterion": name, "threshold": threshold}
-                for where, split in (("val", val), ("test", test)):
-                    if split is not None:
-                        deeper = criterion(split) > threshold
-                        cost, image_iou = split.adaptive(shallow, deep, deeper, way)
-                        row[where] = {
-                            "deeper": float(deeper.mean()),
-                            "gmac": cost,
-                            "iou": float(image_iou.mean()),
-                            "ahead": mean_with_interval(image_iou - split.frontier(cost)),
-                        }
-                yield row
+                choice = Choice(shallow, deep, criterion, float(np.quantile(criterion(split), 1 - share)))
+                ahead = float(choice.ahead(split, way).mean())
+                if name not in best or ahead > best[name][0]:
+                    best[name] = ahead, choice
+    return {name: choice for name, (_, choice) in sorted(best.items())}
 
 
 if __name__ == "__main__":

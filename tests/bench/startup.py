@@ -11,7 +11,6 @@ lie in one another. 48b6fc1 is the last revision before leases, drains and guard
 import argparse
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bench.processes import environment, measured
+from tests.bench.processes import environment, measured, new_output
 from tests.bench.rounds import Measured, Sample, interleaved, spread, write
 from tests.bench.subjects import PAPER, crops, write_images
 
@@ -69,8 +68,7 @@ def write_model(tree: Path, model: Path, asked: argparse.Namespace) -> None:
 
 def run(command: Command, images: Path, folder: Path) -> Sample:
     """One start: seconds to the first commit and to the end; spans of the driver and of the worker that was first."""
-    output, notes = folder / "output", folder / "notes"
-    shutil.rmtree(output, ignore_errors=True)
+    output, notes = new_output(folder), folder / "notes"
     notes.unlink(missing_ok=True)
     words = [sys.executable, "-m", "jobs.cli", "predict", "--model", str(command.model)]
     words += ["--input", str(images), "--output", str(output)]
