@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import torch
 from numpy.typing import NDArray
 
@@ -26,6 +27,9 @@ VARIED = AugmentConfig(
     scale=(0.7, 1.4), gamma=(0.7, 1.4), brightness=(0.6, 1.5), contrast=(0.8, 1.25), invert=0.2, drop_colour=0.15
 )
 """How calibration crops differ from their images: ranges must hold for images that are not quite like them."""
+
+LEVELS = 256
+"""Of 8 bits."""
 
 CONVOLUTIONS = ("Convolution", "ConvolutionBackpropData")
 
@@ -51,7 +55,27 @@ def quantise(network: ov.Model, crops: Sequence[NDArray[np.float32]], float_laye
             # background becomes foreground.
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
+    _read_unsigned(quantised)
     return quantised
+
+
+def _read_unsigned(network: ov.Model) -> None:
+    """Give transposed convolutions of ReLU's values these in unsigned 8 bits, by steps of the same size.
+
+    nncf gives all inputs of a concatenation one range, and some have negative values: so all have the signed range,
+    also for what else reads them, and OpenVINO computes transposed convolutions of signed values in float32.
+    """
+    for convolution in network.get_ordered_ops():
+        if convolution.get_type_name() != "ConvolutionBackpropData":
+            continue
+        rounded = convolution.input_value(0).get_node()
+        if rounded.get_type_name() != "FakeQuantize" or rounded.input_value(0).get_node().get_type_name() != "Relu":
+            continue
+        low, high = (float(rounded.input_value(n).get_node().get_data().item()) for n in (3, 4))
+        if low < 0:
+            least, most = np.float32(0), np.float32(high - low)
+            unsigned = ops.fake_quantize(rounded.output(0), least, most, least, most, LEVELS)
+            convolution.input(0).replace_source_output(unsigned.output(0))
 
 
 def float_layers(config: ModelConfig) -> tuple[tuple[str, ...], ...]:

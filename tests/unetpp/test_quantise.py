@@ -117,6 +117,23 @@ def test_weights_are_eight_bits_but_where_float32_is_asked_for(quantised: ov.Mod
         assert ("i8" in weights) == (name not in ("nodes.x00.0", "heads.2")), name
 
 
+def test_transposed_convolutions_read_unsigned_values_by_the_steps_of_what_else_reads_them(
+    quantised: ov.Model,
+) -> None:
+    def bounds(rounded: Any) -> tuple[float, float]:
+        low, high = (float(rounded.input_value(n).get_node().get_data().item()) for n in (1, 2))
+        return low, high
+
+    convolutions = [node for node in quantised.get_ops() if node.get_type_name() == "ConvolutionBackpropData"]
+    read = [node.input_value(0).get_node() for node in convolutions]
+    assert [bounds(rounded)[0] for rounded in read] == [0, 0, 0]
+    (before,) = (node for rounded in read if "Fake" in (node := rounded.input_value(0).get_node()).get_type_name())
+    (after,) = (rounded for rounded in read if rounded.input_value(0).get_node() == before)
+    low, high = bounds(before)
+    assert low < 0
+    assert bounds(after)[1] == pytest.approx(high - low, rel=1e-6)
+
+
 def test_equal_crops_make_equal_bytes(
     model: UNetPlusPlus, quantised: ov.Model, crops: list[Any], tmp_path: Path
 ) -> None:
