@@ -28,7 +28,7 @@ class Folder(Dataset[tuple[str, Tensor]]):
 
 if __name__ == "__main__":
     asked = arguments(__doc__)
-    asked.output.mkdir(parents=True)
+    asked.output.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(asked.model, asked.level).eval()
     with torch.no_grad():
         for names, x_BCHW in DataLoader(Folder(asked.images), batch_size=8, num_workers=2):
