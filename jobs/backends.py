@@ -13,8 +13,8 @@ from jobs.progress import Drain, draining
 from jobs.shard import Task
 from jobs.sink import Footer
 from jobs.worker import Worker
-from unetpp.devices import has_gpu
-from unetpp.engine_names import resolved
+from unetpp.devices import cpu_flags, has_gpu
+from unetpp.engine_names import EngineName, auto_engines
 from unetpp.errors import ConfigError, UnetppError
 from unetpp.predictor import Predictor
 
@@ -26,18 +26,19 @@ SILENT_STALLS = 4
 logger = logging.getLogger(__name__)
 
 
-def with_engine(config: PredictConfig) -> PredictConfig:
-    """The config with the engine that `auto` means where the work is done, the same for the whole run."""
+def engines(config: PredictConfig) -> tuple[EngineName, ...]:
+    """What the config's engine may mean where the work is done, the fastest first.
+
+    Nodes of a cluster may have other CPUs than this one.
+    """
     if config.engine != "auto":
-        return config
+        return (config.engine,)
     if config.backend == "ray" and is_cluster():
         with local_ray(1):
             import ray
 
-            on_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    else:
-        on_gpu = has_gpu()
-    return config.model_copy(update={"engine": resolved("auto", on_gpu=on_gpu)})
+            return auto_engines(on_gpu=ray.cluster_resources().get("GPU", 0) > 0, cpu_flags=())
+    return auto_engines(on_gpu=has_gpu(), cpu_flags=cpu_flags())
 
 
 def inline(task: Task, shards: Sequence[Shard], predictor: Predictor, drain: Drain) -> Generator[Footer]:

@@ -467,7 +467,8 @@ class PredictOptions(Frozen):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="what computes the masks: see unetpp/engine_names.py; auto: compiled on a GPU, else openvino",
+        description="what computes the masks: see unetpp/engine_names.py; auto: the fastest here of the precision of "
+        "the masks that the output has of this model, else the fastest",
     )
 
     @property

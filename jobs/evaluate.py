@@ -33,8 +33,8 @@ from unetpp.checkpoint import (
     read_pretrained,
     save_pretrained,
 )
-from unetpp.devices import has_gpu
-from unetpp.engine_names import EngineName, resolved
+from unetpp.devices import cpu_flags, has_gpu
+from unetpp.engine_names import EngineName, auto_engines
 from unetpp.engines import MIRRORS, Engine, Mode
 from unetpp.errors import ConfigError
 from unetpp.measuring import masks_by_level
@@ -71,7 +71,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     logger.info("evaluating %d images of %s", len(samples), config.data)
     counts = measure_quality(model, samples, config.tile_px, flips=config.flips)
     on_gpu = has_gpu()
-    engine = resolved("auto", on_gpu=on_gpu)
+    engine = auto_engines(on_gpu=on_gpu, cpu_flags=cpu_flags())[0]
     seconds = measure_seconds(model, list(counts), engine, "cuda" if on_gpu else "cpu", config.threads)
     result = EvaluateResult(
         model_uri=config.model,

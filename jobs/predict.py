@@ -74,10 +74,10 @@ class _Call:
 
     def work(self) -> PredictResult:
         """Resume what is unfinished, then open one run of what is new."""
-        config = self._config = backends.with_engine(self._config)
-        output_uri = storage.canonical(config.output)
-        sources = resolve(config.input, output_uri)
-        predictor = load_predictor(models.canonical(config.model), config, config.threads)
+        output_uri = storage.canonical(self._config.output)
+        sources = resolve(self._config.input, output_uri)
+        predictor = self._load(output_uri)
+        config = self._config
         archive = Archive(
             sources,
             output_uri,
@@ -100,6 +100,24 @@ class _Call:
             self._record = None
             if opening.is_ours:
                 return self._finished()
+
+    def _load(self, output_uri: str) -> Predictor:
+        """Settle on an engine, and load it: of those that `auto` may mean, the first whose masks are in the output.
+
+        Masks of another precision are another model's: a night on another machine would make all of them anew.
+        """
+        loaded: list[tuple[PredictConfig, Predictor]] = []
+        for engine in (engines := backends.engines(self._config)):
+            config = self._config.model_copy(update={"engine": engine})
+            loaded.append((config, load_predictor(models.canonical(config.model), config, config.threads)))
+            if len(engines) == 1 or table.has_masks(output_uri, loaded[-1][1].digest):
+                break
+        else:
+            del loaded[1:]
+        self._config, predictor = loaded[-1]
+        if self._config.engine != engines[0]:
+            logger.info("engine %s goes on in the precision of the masks that are there", self._config.engine)
+        return predictor
 
     def _is_done(self, archive: Archive, opening: Opening, predictor: Predictor) -> bool:
         """Work on the run, or follow the driver that does, until all its shards are committed or that one is gone."""

@@ -45,6 +45,12 @@ def list_parts(output: str, digest: str | None, run: str | None = None) -> list[
     return sorted(parts, key=lambda part: (part.run, part.shard))
 
 
+def has_masks(output: str, digest: str) -> bool:
+    """Whether anything of a model is in the output."""
+    folder = storage.join(output, "table", sink.model_folder(digest))
+    return next(storage.list_objects(folder, missing_ok=True), None) is not None
+
+
 def read_footers(parts: Sequence[Part]) -> list[Footer]:
     """The footer of each part. StorageError where a file is no part."""
     if not parts:

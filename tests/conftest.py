@@ -20,6 +20,7 @@ from tests.faults.proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # else `auto` is another engine, of other masks, on CPUs with AMX
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a test without credentials waits for a cloud that is not there
 
 SHARED = Path(__file__).parents[2] / "shared"

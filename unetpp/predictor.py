@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from unetpp import packaged, tiles, weights
 from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
-from unetpp.devices import has_gpu
-from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, resolved
+from unetpp.devices import cpu_flags, has_gpu
+from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, auto_engines
 from unetpp.engines import Engine, Mode, Pixels, TileStats, levels_read
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
@@ -85,7 +85,7 @@ class Predictor:
         if engine in ON_CPU_ONLY and device not in (None, "cpu"):
             raise ConfigError(f"engine {engine} computes on CPU, the device is {device}; take engine torch")
         on_gpu = engine not in ON_CPU_ONLY and (has_gpu() if device is None else device != "cpu")
-        name = resolved(engine, on_gpu=on_gpu)
+        name = auto_engines(on_gpu=on_gpu, cpu_flags=cpu_flags())[0] if engine == "auto" else engine
         folder = packaged.resolve(model_dir)
         pretrained = read_pretrained(folder)
         full = pretrained.model

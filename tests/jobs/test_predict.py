@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import openvino as ov
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import manifest, predict, storage
+from jobs import backends, manifest, predict, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import DecodePool
@@ -357,6 +359,35 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
         call="call",
     )
     return task, manifest.shards(task.manifest_uri, task.manifest_sha256)
+
+
+def test_auto_goes_on_in_the_precision_of_the_masks_that_are_there(
+    segment, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no instructions for bf16")
+
+    def on(*flags: str, **changed: Any) -> PredictResult:
+        caplog.clear()
+        monkeypatch.setattr(backends, "cpu_flags", lambda: flags)
+        return segment(**changed)
+
+    def added(name: str) -> None:
+        shutil.copy(images / _keys(images)[0], images / name)
+
+    caplog.set_level(logging.INFO, logger="jobs")
+    plain, amx = ("avx512_bf16",), ("avx512_bf16", "amx_bf16")
+    first = on(*plain)
+    added("one_more.png")
+    second = on(*amx)
+    assert (second.num_predicted, second.num_unchanged) == (1, NUM_IMAGES)
+    assert second.model_digest == first.model_digest
+    assert "engine openvino goes on in the precision of the masks that are there" in caplog.text
+    elsewhere = on(*amx, output=str(tmp_path / "elsewhere"))
+    assert "goes on" not in caplog.text
+    assert elsewhere.model_digest != first.model_digest
+    assert on(*plain, output=str(tmp_path / "elsewhere")).status == "unchanged"
+    assert "engine openvino-bf16 goes on" in caplog.text
 
 
 def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
+from unetpp import devices
 from unetpp.checkpoint import arrays_of
 from unetpp.compiled_engine import CompiledEngine
 from unetpp.config import ModelConfig
-from unetpp.engine_names import PRECISION, resolved
+from unetpp.devices import cpu_flags
+from unetpp.engine_names import PRECISION, auto_engines
 from unetpp.errors import ConfigError
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import load_engine
@@ -108,10 +111,35 @@ def test_an_engine_leaves_its_model_as_it_was() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_auto_is_one_engine_on_each_kind_of_machine() -> None:
-    assert (resolved("auto", on_gpu=False), resolved("auto", on_gpu=True)) == ("openvino", "compiled")
-    assert resolved("torch", on_gpu=True) == "torch"
-    assert PRECISION[resolved("auto", on_gpu=False)] == "f32"
+@pytest.mark.parametrize(
+    ("on_gpu", "flags", "wanted"),
+    [
+        (True, {"avx512_bf16", "amx_bf16"}, ("compiled", "torch")),
+        (False, {"avx512_bf16", "amx_bf16"}, ("openvino-bf16", "openvino")),
+        (False, {"avx512f", "avx512_bf16"}, ("openvino", "openvino-bf16")),
+        (False, set(), ("openvino",)),
+    ],
+)
+def test_auto_is_the_fastest_engine_of_a_machine(on_gpu: bool, flags: set[str], wanted: tuple[str, ...]) -> None:
+    assert auto_engines(on_gpu=on_gpu, cpu_flags=flags) == wanted
+    assert len({PRECISION[name] for name in wanted}) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("most", "has_amx"), [(None, True), ("all", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_BF16", False)]
+)
+def test_cpu_flags_are_those_that_linux_tells_and_onednn_is_allowed(
+    most: str | None, has_amx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nflags\t\t: fpu sse2 amx_bf16\nbugs\t\t:\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    monkeypatch.setattr(devices, "CPU_INFO", told)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert cpu_flags() == {"fpu", "sse2", *(["amx_bf16"] if has_amx else [])}
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "absent")
+    assert cpu_flags() == frozenset()
 
 
 def test_bf16_masks_are_the_references_but_for_undecided_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
