@@ -153,8 +153,13 @@ class Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._memory),
-                # Nothing of ours but where the code is: above all no credential.
-                env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                # Nothing of ours but where the code is, and how it computes: above all no credential.
+                env={
+                    "PATH": os.defpath,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OMP_NUM_THREADS": "1",
+                    **{name: os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ},
+                },
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
