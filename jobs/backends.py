@@ -26,13 +26,11 @@ SILENT_STALLS = 4
 logger = logging.getLogger(__name__)
 
 
-def engines(config: PredictConfig) -> tuple[EngineName, ...]:
-    """What the config's engine may mean where the work is done, the fastest first.
+def auto_engines_of(config: PredictConfig) -> tuple[EngineName, ...]:
+    """What engine `auto` may mean where the work is done, the fastest first.
 
     Nodes of a cluster may have other CPUs than this one.
     """
-    if config.engine != "auto":
-        return (config.engine,)
     if config.backend == "ray" and is_cluster():
         with local_ray(1):
             import ray

@@ -158,7 +158,7 @@ class Child:
                     "PATH": os.defpath,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                     "OMP_NUM_THREADS": "1",
-                    **{name: os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ},
+                    **{name: value for name, value in os.environ.items() if name == "ONEDNN_MAX_CPU_ISA"},
                 },
                 start_new_session=True,
             )

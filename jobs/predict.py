@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from jobs import backends, lease, models, storage, table
@@ -19,14 +20,16 @@ from jobs.finish import check_law, seal
 from jobs.forecast import shard_size
 from jobs.lease import Lease
 from jobs.manifest import Shard
+from jobs.models import fetch_model
 from jobs.progress import Breaker, Drain, Progress, interruptible
 from jobs.run_records import HINTS, RunRecord
 from jobs.runs import Archive, Opening, open_run, pending_shards
 from jobs.shard import Task, load_predictor
 from jobs.sink import Footer
 from jobs.sources import resolve
+from unetpp.engine_names import AUTO_PRECISIONS, PRECISION, EngineName, Precision
 from unetpp.errors import UnetppError
-from unetpp.predictor import Predictor
+from unetpp.predictor import Predictor, mask_digest
 
 logger = logging.getLogger(__name__)
 
@@ -102,22 +105,39 @@ class _Call:
                 return self._finished()
 
     def _load(self, output_uri: str) -> Predictor:
-        """Settle on an engine, and load it: of those that `auto` may mean, the first whose masks are in the output.
+        if self._config.engine == "auto":
+            self._config = self._config.model_copy(update={"engine": self._auto_engine(output_uri)})
+        return load_predictor(models.canonical(self._config.model), self._config, self._config.threads)
+
+    def _auto_engine(self, output_uri: str) -> EngineName:
+        """Of the engines that `auto` may mean where the work is done: one that goes on with the output's masks.
 
         Masks of another precision are another model's: a night on another machine would make all of them anew.
         """
-        loaded: list[tuple[PredictConfig, Predictor]] = []
-        for engine in (engines := backends.engines(self._config)):
-            config = self._config.model_copy(update={"engine": engine})
-            loaded.append((config, load_predictor(models.canonical(config.model), config, config.threads)))
-            if len(engines) == 1 or table.has_masks(output_uri, loaded[-1][1].digest):
-                break
-        else:
-            del loaded[1:]
-        self._config, predictor = loaded[-1]
-        if self._config.engine != engines[0]:
-            logger.info("engine %s goes on in the precision of the masks that are there", self._config.engine)
-        return predictor
+        engines = backends.auto_engines_of(self._config)
+        here: dict[Precision, EngineName] = {PRECISION[engine]: engine for engine in engines}
+        elsewhere = [precision for precision in AUTO_PRECISIONS if precision not in here]
+        model = fetch_model(models.canonical(self._config.model))
+        there = next((each for each in (*here, *elsewhere) if self._has_masks(output_uri, model, each)), None)
+        if there is None:
+            return engines[0]
+        if there in elsewhere:
+            logger.warning(
+                "the masks of this model that are there are of precision %s, for which auto has no engine here: engine "
+                "%s makes masks of all images anew, beside those; to go on with them, use a machine like the one they "
+                "are from",
+                there,
+                engines[0],
+            )
+            return engines[0]
+        if here[there] != engines[0]:
+            logger.info("engine %s goes on in the precision of the masks that are there", here[there])
+        return here[there]
+
+    def _has_masks(self, output_uri: str, model: Path, precision: Precision) -> bool:
+        config = self._config
+        digest = mask_digest(model, precision, config.mode, config.level, flips=config.flips, bands=config.bands)
+        return table.has_masks(output_uri, digest)
 
     def _is_done(self, archive: Archive, opening: Opening, predictor: Predictor) -> bool:
         """Work on the run, or follow the driver that does, until all its shards are committed or that one is gone."""

@@ -28,6 +28,8 @@ PRECISION: dict[EngineName, Precision] = {
     "openvino-bf16": "bf16",
     "openvino-int8": "int8",
 }
+AUTO_PRECISIONS: tuple[Precision, ...] = ("f32", "bf16")
+"""Of the engines that `auto` may mean, on one machine or another."""
 ON_CPU_ONLY: tuple[EngineName, ...] = ("openvino", "openvino-bf16", "openvino-int8")
 
 

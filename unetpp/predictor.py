@@ -12,7 +12,7 @@ from unetpp import packaged, tiles, weights
 from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
 from unetpp.devices import cpu_flags, has_gpu
-from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, auto_engines
+from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, Precision, auto_engines
 from unetpp.engines import Engine, Mode, Pixels, TileStats, levels_read
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
@@ -80,41 +80,23 @@ class Predictor:
         without a head, accurate mode with one head, flips in fast mode, as many bands as the network cannot read, an
         engine of CPUs on another device.
         """
-        if flips and mode != "accurate":
-            raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
         if engine in ON_CPU_ONLY and device not in (None, "cpu"):
             raise ConfigError(f"engine {engine} computes on CPU, the device is {device}; take engine torch")
         on_gpu = engine not in ON_CPU_ONLY and (has_gpu() if device is None else device != "cpu")
         name = auto_engines(on_gpu=on_gpu, cpu_flags=cpu_flags())[0] if engine == "auto" else engine
-        folder = packaged.resolve(model_dir)
-        pretrained = read_pretrained(folder)
-        full = pretrained.model
-        stored = weights.read_weights(folder, full)
-        config = _pruned(full if bands is None else _with_bands(full, bands), mode, level)
-        arrays = weights.picked(stored, config)
-        decision = {"mode": mode, "precision": PRECISION[name], **({"flips": "mean"} if flips else {})}
-        network = None
-        if name == "openvino-int8":
-            from unetpp.int8 import read_int8
-
-            levels = levels_read(config, mode)
-            network, decision["int8"] = read_int8(folder, pretrained, weights.digest(full, stored), levels)
-        return cls(
-            load_engine(
-                name,
-                config,
-                arrays,
-                mode,
-                device or ("cuda" if on_gpu else "cpu"),
-                threads=threads,
-                flips=flips,
-                probability=probability,
-                network=network,
-            ),
-            config,
-            digest=weights.digest(config, arrays, **decision),
-            tile_px=tile_px,
+        what = _read(model_dir, PRECISION[name], mode, level, flips, bands)
+        loaded = load_engine(
+            name,
+            what.config,
+            what.arrays,
+            mode,
+            device or ("cuda" if on_gpu else "cpu"),
+            threads=threads,
+            flips=flips,
+            probability=probability,
+            network=what.network,
         )
+        return cls(loaded, what.config, digest=what.digest, tile_px=tile_px)
 
     @property
     def level(self) -> Level:
@@ -226,6 +208,54 @@ def _prediction(
         degraded,
         tiles.stitch(plan, probabilities).astype(np.uint8, copy=False) if probabilities else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a predictor computes: the network that it takes of a model folder, and whose masks that makes."""
+
+    config: ModelConfig
+    arrays: Weights
+    network: Any
+    digest: str
+
+
+def _read(
+    model_dir: Path | str, precision: Precision, mode: Mode, level: Level | None, flips: bool, bands: Bands | None
+) -> _Read:
+    if flips and mode != "accurate":
+        raise ConfigError(f"flips average over mirror images in accurate mode, the mode is {mode}; take accurate")
+    folder = packaged.resolve(model_dir)
+    pretrained = read_pretrained(folder)
+    full = pretrained.model
+    stored = weights.read_weights(folder, full)
+    config = _pruned(full if bands is None else _with_bands(full, bands), mode, level)
+    arrays = weights.picked(stored, config)
+    decision = {"mode": mode, "precision": precision, **({"flips": "mean"} if flips else {})}
+    network = None
+    if precision == "int8":
+        from unetpp.int8 import read_int8
+
+        network, decision["int8"] = read_int8(
+            folder, pretrained, weights.digest(full, stored), levels_read(config, mode)
+        )
+    return _Read(config, arrays, network, weights.digest(config, arrays, **decision))
+
+
+def mask_digest(
+    model_dir: Path | str,
+    precision: Precision,
+    mode: Mode = "fast",
+    level: Level | None = None,
+    *,
+    flips: bool = False,
+    bands: Bands | None = None,
+) -> str:
+    """The digest of a predictor whose engine is of `precision`, on any machine: it need not be able to compute in it.
+
+    Arguments and errors as of `Predictor.from_pretrained`.
+    """
+    return _read(model_dir, precision, mode, level, flips, bands).digest
 
 
 def load_engine(

@@ -14,7 +14,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import openvino as ov
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +32,7 @@ from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from jobs.worker import Worker
+from tests.cpu import needs_bf16
 from unetpp.config import ModelConfig
 from unetpp.engines import TileStats
 from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
@@ -361,24 +361,19 @@ def _task(opening: Opening, tmp_path: Path) -> tuple[Task, list[Shard]]:
     return task, manifest.shards(task.manifest_uri, task.manifest_sha256)
 
 
+@needs_bf16
 def test_auto_goes_on_in_the_precision_of_the_masks_that_are_there(
     segment, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no instructions for bf16")
-
     def on(*flags: str, **changed: Any) -> PredictResult:
         caplog.clear()
         monkeypatch.setattr(backends, "cpu_flags", lambda: flags)
         return segment(**changed)
 
-    def added(name: str) -> None:
-        shutil.copy(images / _keys(images)[0], images / name)
-
     caplog.set_level(logging.INFO, logger="jobs")
     plain, amx = ("avx512_bf16",), ("avx512_bf16", "amx_bf16")
     first = on(*plain)
-    added("one_more.png")
+    shutil.copy(images / "a.png", images / "one_more.png")
     second = on(*amx)
     assert (second.num_predicted, second.num_unchanged) == (1, NUM_IMAGES)
     assert second.model_digest == first.model_digest
@@ -388,6 +383,9 @@ def test_auto_goes_on_in_the_precision_of_the_masks_that_are_there(
     assert elsewhere.model_digest != first.model_digest
     assert on(*plain, output=str(tmp_path / "elsewhere")).status == "unchanged"
     assert "engine openvino-bf16 goes on" in caplog.text
+    anew = on(output=str(tmp_path / "elsewhere"))
+    assert (anew.num_predicted, anew.model_digest) == (NUM_IMAGES + 1, first.model_digest)
+    assert "of precision bf16, for which auto has no engine here: engine openvino makes masks of all" in caplog.text
 
 
 def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
+from tests.cpu import HAS_BF16
 from unetpp import devices
 from unetpp.checkpoint import arrays_of
 from unetpp.compiled_engine import CompiledEngine
@@ -144,7 +145,7 @@ def test_cpu_flags_are_those_that_linux_tells_and_onednn_is_allowed(
 
 def test_bf16_masks_are_the_references_but_for_undecided_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(level=4)
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not HAS_BF16:
         with pytest.raises(ConfigError, match="no instructions for bf16; take engine openvino"):
             engine("openvino-bf16", model)
         return
