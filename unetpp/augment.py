@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, special
 
 from unetpp.config import IGNORE, AugmentConfig
 
@@ -27,6 +27,9 @@ STAINS_SC = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]
 
 GREY = 0.02
 """A crop whose channels differ by less than this, on average over its pixels and in values 0..1, is grey."""
+
+PATTERN_SIGMAS_PX = (3.0, 6.0, 12.0, 24.0)
+"""How smooth a pattern of counterstain may be: deviation of the Gaussian that its noise is like, pixels of the crop."""
 
 DARKEST = 1e-3
 """The value that stands for 0 where a logarithm is taken."""
@@ -233,10 +236,12 @@ def _change_values(image_CHW: Image, config: AugmentConfig, rng: np.random.Gener
     num_channels = image_CHW.shape[0]
     if config.stain_jitter > 0 and num_channels == 3:
         _jitter_stains(image_CHW, config.stain_jitter, rng)
-    if rng.random() < config.invert:
-        np.subtract(1.0, image_CHW, out=image_CHW)
     if rng.random() < config.drop_colour:
         image_CHW[:] = image_CHW.mean(0)
+    if config.counterstain > 0 and num_channels == 3 and rng.random() < 0.5:
+        _counterstain(image_CHW, config.counterstain, rng)
+    if rng.random() < config.invert:
+        np.subtract(1.0, image_CHW, out=image_CHW)
     gamma = log_uniform(config.gamma, rng)
     if gamma != 1.0:
         np.power(image_CHW, np.float32(gamma), out=image_CHW)
@@ -263,7 +268,7 @@ def _jitter_stains(image_CHW: Image, size: float, rng: np.random.Generator) -> N
     Grey has amounts of the stains as well, and would be tinted: a crop that is `GREY` is left as it is.
     """
     gain_S, offset_S = rng.uniform(-size, size, (2, 3))
-    if float((image_CHW.max(0) - image_CHW.min(0)).mean()) < GREY:
+    if _is_grey(image_CHW):
         return
     density_CS = (STAINS_SC / np.linalg.norm(STAINS_SC, axis=1, keepdims=True)).T
     mix_CC = density_CS @ np.diag(1 + gain_S) @ np.linalg.inv(density_CS)
@@ -271,3 +276,27 @@ def _jitter_stains(image_CHW: Image, size: float, rng: np.random.Generator) -> N
     log_CN = mix_CC.astype(np.float32) @ log_CN - (density_CS @ offset_S).astype(np.float32)[:, None]
     np.power(np.float32(10), log_CN.reshape(image_CHW.shape), out=image_CHW)
     np.minimum(image_CHW, np.float32(1), out=image_CHW)
+
+
+def _counterstain(image_CHW: Image, size: float, rng: np.random.Generator) -> None:
+    """Lay a random pattern of a stain from eosin to red over the crop, in place: of optical density `size` at most.
+
+    It stands for what tissue has beside its nuclei, and other labs' slides show in pink and red: cytoplasm, fibres,
+    blood. A crop that is `GREY` is left as it is.
+    """
+    sigma_px = float(rng.choice(PATTERN_SIGMAS_PX))
+    spline_PK = _splines(image_CHW.shape[1], sigma_px)
+    noise_KK = rng.standard_normal((spline_PK.shape[1], spline_PK.shape[1]), dtype=np.float32)
+    sharpness, level = log_uniform((1.5, 12.0), rng), rng.uniform(-1, 1)
+    density_C = np.array([0.07, 0.99, rng.uniform(0.11, 0.7)], np.float32) * np.float32(rng.uniform(0, size))
+    if _is_grey(image_CHW):
+        return
+    field_HW = spline_PK @ noise_KK @ spline_PK.T
+    pattern_HW = special.expit(
+        np.float32(sharpness) * (field_HW / max(float(field_HW.std()), 1e-6) - np.float32(level))
+    )
+    image_CHW *= np.power(np.float32(10), -density_C[:, None, None] * pattern_HW)
+
+
+def _is_grey(image_CHW: Image) -> bool:
+    return float((image_CHW.max(0) - image_CHW.min(0)).mean()) < GREY

@@ -158,6 +158,11 @@ class AugmentConfig(Frozen):
         description="largest change of haematoxylin, eosin and DAB, as a share and as optical density, 0.05 is a good "
         "deal; in colour images of 3 channels only, grey crops stay as they are",
     )
+    counterstain: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0,
+        description="largest optical density of a random pattern of eosin or red, laid over every second colour crop: "
+        "cytoplasm, fibres and blood that are no nuclei; in images of 3 channels only, grey crops stay as they are",
+    )
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
