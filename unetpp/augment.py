@@ -292,9 +292,8 @@ def _counterstain(image_CHW: Image, size: float, rng: np.random.Generator) -> No
     if _is_grey(image_CHW):
         return
     field_HW = spline_PK @ noise_KK @ spline_PK.T
-    pattern_HW = special.expit(
-        np.float32(sharpness) * (field_HW / max(float(field_HW.std()), 1e-6) - np.float32(level))
-    )
+    field_HW = (field_HW - field_HW.mean()) / max(float(field_HW.std()), 1e-6)
+    pattern_HW = special.expit(np.float32(sharpness) * (field_HW - np.float32(level)))
     image_CHW *= np.power(np.float32(10), -density_C[:, None, None] * pattern_HW)
 
 

@@ -35,6 +35,7 @@ WILD = AugmentConfig.model_validate(
         "drop_colour": 0.5,
         "channel_jitter": 0.9,
         "stain_jitter": 0.9,
+        "counterstain": 2,
     }
 )
 
@@ -304,14 +305,35 @@ def test_stain_jitter_changes_the_amount_of_each_stain_and_nothing_else() -> Non
     assert 0.04 < np.abs(gains).max() < 0.0501
 
 
+def test_counterstain_lays_a_pattern_of_eosin_or_red_over_every_second_colour_crop() -> None:
+    """What is added, in optical density, is one colour times an amount that differs from pixel to pixel."""
+    image = coloured()
+    added = []
+    for seed in range(60):
+        crop, _ = crop_of(image, disks(32, 32), still_but(counterstain=0.8), seed, 32)
+        added.append(np.log10(image.reshape(-1, 3)) - np.log10(crop.reshape(-1, 3)))
+        if added[-1].max() < 1e-6:
+            continue
+        red, green, blue = added[-1].sum(0) / np.linalg.norm(added[-1].sum(0))
+        np.testing.assert_allclose(added[-1], np.outer(added[-1] @ (red, green, blue), (red, green, blue)), atol=1e-5)
+        assert red < 0.08 < blue < 0.6 < green
+        assert added[-1].min() > -1e-6
+        assert added[-1][:, 1].max() < 0.8
+        assert np.ptp(added[-1][:, 1]) > 0.02 * added[-1][:, 1].max()
+    most = np.array([each.max() for each in added])
+    assert 20 < (most > 1e-6).sum() < 40
+    assert most.max() > 0.6
+
+
 @pytest.mark.parametrize("num_channels", [1, 2, 3, 4])
-def test_stain_jitter_leaves_grey_crops_and_other_images_as_they_are(num_channels: int) -> None:
+def test_changes_of_stains_leave_grey_crops_and_other_images_as_they_are(num_channels: int) -> None:
     rng = np.random.default_rng(0)
     grey = np.repeat(rng.random((32, 32, 1), np.float32), num_channels, axis=2)
     almost = np.clip(grey + rng.uniform(-0.01, 0.01, grey.shape), 0, 1).astype(np.float32)
     for image in (grey, almost):
-        crop, _ = crop_of(image, disks(32, 32), still_but(stain_jitter=0.5), 1, 32)
-        assert np.array_equal(crop, image)
+        for seed in range(4):
+            crop, _ = crop_of(image, disks(32, 32), still_but(stain_jitter=0.5, counterstain=1), seed, 32)
+            assert np.array_equal(crop, image)
 
 
 def test_values_change_without_moving_the_target() -> None:
