@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from jobs import storage
 from unetpp.config import Frozen
@@ -23,8 +23,17 @@ logger = logging.getLogger(__name__)
 Environment = dict[str, str | int | None]
 
 
-class EpochMetrics(Frozen):
-    """How an epoch ended. `val_iou` is mean per-image IoU by output, `val_mean_iou` the mean of the heads'."""
+class _Record(Frozen):
+    """Frozen whose numbers are read back as they were written: JSON's null for what is not finite is no number."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+
+class EpochMetrics(_Record):
+    """How an epoch ended. `val_iou` is mean per-image IoU by output, `val_mean_iou` the mean of the heads'.
+
+    `loss` is the mean of the steps that had a finite one; NaN where none had.
+    """
 
     epoch: int
     step: int
@@ -36,7 +45,7 @@ class EpochMetrics(Frozen):
     seconds: float = Field(description="so far, over all resumptions")
 
 
-class Checkpoint(Frozen):
+class Checkpoint(_Record):
     """epoch_0007.json: the state after an epoch, and every epoch up to it."""
 
     state: str

@@ -166,7 +166,7 @@ def _score(counts: Sequence[Counts], config: EvaluateConfig) -> Score:
 
 def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
     """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
-    columns = samples[0].groups.keys()
+    columns = sorted({column for sample in samples for column in sample.groups})
     if group_by is None:
         return "modality" if "modality" in columns else None
     if group_by not in columns:
@@ -179,7 +179,7 @@ def _group_scores(
 ) -> dict[str, Score]:
     by_group: dict[str, list[Counts]] = {}
     for image, sample in zip(counts, samples, strict=True):
-        by_group.setdefault(sample.groups[column], []).append(image)
+        by_group.setdefault(sample.group(column), []).append(image)
     return {group: _score(by_group[group], config) for group in sorted(by_group)}
 
 

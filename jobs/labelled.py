@@ -79,6 +79,10 @@ class Sample(Frozen):
     coco: CocoImage | None = None
     row: ParquetRow | None = None
 
+    def group(self, column: str | None) -> str:
+        """Its group in a column; "none" where it has none, which JSON and Parquet allow."""
+        return self.groups.get(column or "", "none")
+
 
 class LabelledSet(Frozen):
     """The samples of a data set in the order of their ids, and a fingerprint of their listing."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jobs import storage
 from unetpp import packaged
+from unetpp.card import CONFIG, WEIGHTS
 from unetpp.errors import ModelError
 
 
@@ -14,6 +15,11 @@ def canonical(uri: str) -> str:
     """
     name = packaged.name_of(uri)
     return storage.canonical(uri) if name is None else f"{packaged.SCHEME}{name}"
+
+
+def is_there(uri: str) -> bool:
+    """Whether a model folder was written to `uri`, whole."""
+    return all(storage.exists(storage.join(uri, name)) for name in (CONFIG, WEIGHTS))
 
 
 def fetch_model(uri: str) -> Path:

@@ -47,7 +47,7 @@ def run(config: PruneConfig) -> PruneResult:
         choice = Choice(
             level=level, tolerance=config.tolerance, confidence=config.confidence, levels=choices, picture=PICTURE
         )
-        changed = {"scores": level_scores(evaluated), "level_choice": choice}
+        changed |= {"scores": level_scores(evaluated), "level_choice": choice}
         picture = frontier_png(evaluated.reports, choice)
     assert level is not None, "the config asks for a level or a tolerance"
     pruned = prune(model, level)

@@ -114,7 +114,7 @@ def _crops(labelled: LabelledSet, model: ModelConfig, config: QuantiseConfig) ->
     column = group_column(samples, config.group_by)
     by_group: dict[str, list[Sample]] = {}
     for sample in samples:
-        by_group.setdefault(sample.groups[column] if column else "", []).append(sample)
+        by_group.setdefault(sample.group(column), []).append(sample)
     rng = np.random.default_rng(config.seed)
     groups = [[each[n] for n in rng.permutation(len(each))] for _, each in sorted(by_group.items())]
     drawn = [groups[n % len(groups)][n // len(groups) % len(groups[n % len(groups)])] for n in range(config.num_crops)]
@@ -144,7 +144,7 @@ class Guard:
     def scores(self, made_dir: Path) -> dict[str, Int8Output]:
         """Mean IoU in both by output name, over all images and by group."""
         int8 = self._ious(made_dir, "openvino-int8")
-        groups = [sample.groups[self._column] if self._column else "" for sample in self._samples]
+        groups = [sample.group(self._column) for sample in self._samples]
         members = {group: [n for n, each in enumerate(groups) if each == group] for group in sorted(set(groups))}
         every = range(len(self._samples))
         return {

@@ -38,7 +38,7 @@ from jobs.train_records import followed
 from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
-from unetpp.checkpoint import Pretrained, digest, save_pretrained
+from unetpp.checkpoint import Pretrained, digest, from_pretrained, save_pretrained
 from unetpp.errors import ConfigError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,13 @@ MAX_WORKER_FAILURES = 3
 def run(config: TrainConfig) -> TrainResult:
     """Train, resume, or return the result of the finished run. ConfigError for data that cannot be trained on."""
     labelled = open_labelled_set(storage.canonical(config.data), config.split_column)
-    name = f"{config.name}-{fingerprint({'config': config.run_fingerprint(), 'data': labelled.fingerprint})[:10]}"
+    said: dict[str, object] = {"config": config.run_fingerprint(), "data": labelled.fingerprint}
+    if config.init is not None:
+        said["init"] = digest(from_pretrained(models.fetch_model(config.init)))  # a place may hold other weights by now
+    name = f"{config.name}-{fingerprint(said)[:10]}"
     run_uri = storage.join(config.output, name)
     result_uri = storage.join(run_uri, "result.json")
-    if storage.exists(result_uri):
+    if storage.exists(result_uri) and models.is_there(storage.join(run_uri, "model")):
         logger.info("%s is trained already: nothing to do", name)
         return TrainResult.model_validate_json(storage.read_bytes(result_uri))
 
@@ -199,8 +202,11 @@ def _export(
         "val_iou": checkpoint.metrics.val_iou,
         "environment": checkpoint.environment,
     }
+    binary = config.model.num_classes == 1
+    classes = ("foreground",) if binary else (f"class {number}" for number in range(1, config.model.num_classes))
     pretrained = Pretrained(
         model=model.config,
+        classes=("background", *classes),
         training=training,
         calibration=calibration,
         data=training_data(labelled, (config.train_split, config.val_split), config.data_licence),

@@ -109,11 +109,12 @@ class Worker:
         losses, rates = self._steps(epoch)
         val_iou = self._validate(state.averaged)
         state.seconds = self._seconds()
+        finite = [loss for loss in losses if math.isfinite(loss)]
         heads = [value for name, value in val_iou.items() if name != "accurate"]
         metrics = EpochMetrics(
             epoch=epoch,
             step=state.num_steps_done,
-            loss=sum(losses) / len(losses) if losses else math.nan,
+            loss=sum(finite) / len(finite) if finite else math.nan,
             learning_rate=rates[-1] if rates else 0.0,
             val_iou=val_iou,
             val_mean_iou=sum(heads) / len(heads),

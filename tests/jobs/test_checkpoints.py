@@ -65,6 +65,17 @@ def test_two_writers_of_one_epoch_do_not_mix(place: str) -> None:
     assert found[1] == b"two"
 
 
+def test_an_epoch_without_a_finite_loss_is_read_back(place: str) -> None:
+    history = (metrics(0), metrics(1).model_copy(update={"loss": float("nan")}), metrics(2, 0.4))
+    for number in range(3):
+        checkpoints.save(place, f"state {number}".encode(), history[: number + 1])
+        checkpoints.tidy(place, keep=3)
+    assert epochs(place) == [2, 1, 0]
+    newest = checkpoints.newest(place)
+    assert newest is not None
+    assert [str(each.loss) for each in newest[0].history] == ["1.0", "nan", "1.0"]
+
+
 def test_the_last_one_and_the_best_of_the_others_are_kept(place: str) -> None:
     qualities = [0.1, 0.9, 0.3, 0.8, 0.2]
     for number in range(5):

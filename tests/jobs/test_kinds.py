@@ -9,6 +9,7 @@ import pytest
 from jobs import evaluate, predict, prune, synth, train
 from jobs.contract import EvaluateConfig, PredictConfig, PruneConfig, SynthConfig, TrainConfig
 from jobs.dataset import load, open_labelled_set
+from unetpp.checkpoint import read_pretrained
 from unetpp.config import ModelConfig, SynthKind
 from unetpp.images import decode_mask
 from unetpp.metrics import confusion_counts, iou
@@ -34,6 +35,8 @@ def test_a_set_of_another_kind_goes_all_the_way(kind: SynthKind, tmp_path: Path)
     level1, level2 = (next(each.score.mean_iou for each in measured.reports if each.name == f"L{n}") for n in (1, 2))
     assert level2 > FLOORS[kind], (level1, level2)
 
+    foreground = ("class 1", "class 2") if kind == "cells" else ("foreground",)
+    assert read_pretrained(trained.model_uri).classes == ("background", *foreground)
     pruned = prune.run(PruneConfig(model=trained.model_uri, out=str(tmp_path / "pruned"), level=1))
     output = tmp_path / "masks"
     done = predict.run(

@@ -162,10 +162,13 @@ def test_a_copy_leaves_the_model_as_it_was(good_dir: Path, data_dir: Path, tmp_p
     assert about == other  # the bytes of the int8 form, too
 
 
-def test_a_pruned_model_has_no_int8_form(good_dir: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_has_no_int8_form(good_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     prune(PruneConfig(model=str(good_dir), level=1, out=str(tmp_path)))
     assert read_pretrained(tmp_path).quantised is None
     assert not (tmp_path / XML).exists()
+    chosen = tmp_path / "chosen"
+    prune(PruneConfig(model=str(good_dir), tolerance=0.9, data=str(data_dir), split="val", out=str(chosen)))
+    assert read_pretrained(chosen).quantised is None
 
 
 def test_one_level_is_quantised_alone(tiny_model: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -144,6 +145,10 @@ def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> 
     before, after = from_pretrained(pruned.model_uri), from_pretrained(finer.model_uri)
     for name, tensor in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+    again = prune(PruneConfig(model=finer.model_uri, out=pruned.model_uri, level=1))
+    assert again.digest != pruned.digest
+    other = run(config(data_dir, tmp_path, init=pruned.model_uri, ema_decay=0, freeze_norm=True, **changes))
+    assert other.run != finer.run  # what it begins with is another model, at the same place
     with pytest.raises(ConfigError, match=r"init: nodes.x00.0.weight is of shape .*model.filters"):
         run(config(data_dir, tmp_path, init=full.model_uri, model={"level": 1, "filters": [8, 8]}))
 
@@ -252,3 +257,11 @@ def test_the_result_is_json_that_reads_back(data_dir: Path, tmp_path: Path) -> N
     result = run(config(data_dir, tmp_path, epochs=1, steps_per_epoch=1))
     stored = json.loads((tmp_path / result.run / "result.json").read_text())
     assert type(result).model_validate(stored) == result
+
+
+def test_a_model_that_was_removed_is_made_again_from_its_checkpoints(data_dir: Path, tmp_path: Path) -> None:
+    first = run(config(data_dir, tmp_path, epochs=1, steps_per_epoch=1))
+    shutil.rmtree(first.model_uri)
+    again = run(config(data_dir, tmp_path, epochs=1, steps_per_epoch=1))
+    assert (again.digest, again.steps) == (first.digest, 1)
+    assert read_pretrained(again.model_uri).classes == ("background", "foreground")
