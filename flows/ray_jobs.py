@@ -21,8 +21,9 @@ from unetpp.errors import ConfigError, JobError, TransientError
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+"""Of a job that ends by itself. One that was stopped says nothing against the next: that goes on from there."""
 MAX_NAMES = 100
-"""So many attempts can be told apart, when somebody asks for more than MAX_ATTEMPTS."""
+"""So many attempts can be told apart, those that were stopped and those that somebody asked for included."""
 MAX_ID_LENGTH = 47
 """Of a RayJob: Kubernetes adds 16 characters of its own to reach the 63 that a name may have."""
 GRACE_S = 300.0
@@ -121,7 +122,8 @@ def ensure(
     """See to it that a job runs, or has run, once.
 
     A job of this name that is waiting, running or done is attached to. One that ended with exit code 1 or 4, or was
-    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none.
+    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were stopped, by a
+    deadline or by hand, do not count.
 
     Args:
         backend: where it runs.
@@ -146,8 +148,8 @@ def ensure(
         last, status = attempts[-1]
         if status.state.is_active or (status.state is State.SUCCEEDED and is_done()):
             return Submission(last, attached=True)
-        limit = MAX_NAMES if again else MAX_ATTEMPTS
-        if not (again or _may_try_again(status)) or len(attempts) >= limit:
+        spent = sum(ended.state is not State.STOPPED for _, ended in attempts)
+        if (not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status))) or len(attempts) >= MAX_NAMES:
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
                 last,

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flows import ray_jobs
-from flows.ray_jobs import MAX_ATTEMPTS, MAX_ID_LENGTH, JobStatus, State, ensure, follow, stop, submission_id
+from flows.ray_jobs import MAX_ATTEMPTS, MAX_ID_LENGTH, MAX_NAMES, JobStatus, State, ensure, follow, stop, submission_id
 from jobs.contract import ExitCode
 from unetpp.errors import JobError, TransientError
 
@@ -119,6 +119,17 @@ def test_there_are_three_attempts_and_then_none() -> None:
         ensured(cluster)
     assert len(cluster.jobs) == MAX_ATTEMPTS
     assert cluster.submitted == []
+
+
+def test_an_attempt_that_was_stopped_is_none_of_the_three() -> None:
+    stopped = Cluster(job=[STOPPED], job_a1=[STOPPED], job_a2=[failed(1)], job_a3=[STOPPED])
+    assert ensured(stopped) == ("job-a4", False)
+    stopped.jobs |= {"job-a4": [failed(1)], "job-a5": [failed(1)]}
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(stopped)
+    named = Cluster(job=[STOPPED], **{f"job_a{number}": [STOPPED] for number in range(1, MAX_NAMES)})
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(named)
 
 
 def test_somebody_who_mended_it_may_ask_again() -> None:
