@@ -37,8 +37,10 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
     spec: dict[str, object] = {"job": job, "config": there.model_dump(mode="json", exclude={"result"})}
     name = ray_jobs.submission_id(job, None, spec)
     metadata = {"by": os.environ.get("USER", "")}
-    # Whoever says it once more wants it done once more, unless it is being done.
-    submission = ray_jobs.ensure(backend, name, write_command(job, there), metadata, is_done=lambda: False, again=True)
+    # Whoever says it once more wants it done once more, unless it is being done, and hears of a silent cluster at once.
+    submission = ray_jobs.ensure(
+        backend, name, write_command(job, there), metadata, is_done=lambda: False, again=True, grace_s=0.0
+    )
     verb = "attached to" if submission.attached else "started"
     logger.info("%s %s: %s", verb, submission.submission_id, backend.url(submission.submission_id))
     if detach:

@@ -147,6 +147,24 @@ def test_a_job_whose_output_is_gone_runs_again() -> None:
     assert ensure(cluster, "job", "c", {}, is_done=lambda: False) == ("job-a1", False)
 
 
+def test_a_job_is_asked_for_until_the_cluster_answers() -> None:
+    class Dropping(Cluster):
+        """The first answer to a start is lost on its way."""
+
+        def submit(self, submission_id: str, command: str, metadata: dict[str, str]) -> bool:
+            if submission_id in self.submitted:
+                return False
+            super().submit(submission_id, command, metadata)
+            raise silence
+
+    silence = TransientError("the Ray cluster answers 502")
+    cluster = Dropping(job=[silence, silence, None])
+    assert ensure(cluster, "job", "c", {}, poll_s=0.001) == ("job", True)
+    assert cluster.submitted == ["job"]
+    with pytest.raises(TransientError, match="502"):
+        ensure(Cluster(job=[silence]), "job", "c", {}, grace_s=0.05, poll_s=0.001)
+
+
 def test_two_that_start_at_once_share_the_job() -> None:
     class Raced(Cluster):
         def submit(self, submission_id: str, command: str, metadata: dict[str, str]) -> bool:
