@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pyarrow.dataset
@@ -15,8 +16,9 @@ import pytest
 from prefect.artifacts import Artifact
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import stages
-from flows.config import NightlyConfig, TrainFlowConfig
+from flows import publish, stages
+from flows.backfill import backfill
+from flows.config import BackfillConfig, NightlyConfig, TrainFlowConfig
 from flows.nightly import nightly
 from flows.outcome import GateResult, TrainOutcome
 from jobs import registry
@@ -46,6 +48,12 @@ def files_below(*folders: str) -> dict[Path, tuple[int, int]]:
     paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
     paths = [path for path in paths if not path.name.startswith("unetpp-predict-")]  # what the last call said
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def overrun(config: object, until: float) -> None:
+    """A job that is stopped by the deadline."""
+    time.sleep(max(0.0, until - time.monotonic()))
+    raise JobError("job", int(ExitCode.INTERRUPTED), "the deadline came before its end")
 
 
 def train_config(night: NightlyConfig) -> TrainFlowConfig:
@@ -157,6 +165,45 @@ def test_a_night_that_fails_passes_the_jobs_exit_code_on(first_night: Night, nig
         nightly(broken)
     assert failed.value.job.startswith("unetpp-predict-")
     assert failed.value.exit_code == ExitCode.CONFIG
+
+
+def test_a_training_that_took_too_long_leaves_time_for_the_archive(
+    night_config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fallback with the current model has a deadline of its own."""
+    left: list[float] = []
+    monkeypatch.setattr(registry, "current", lambda models: (1, "a model"))
+    monkeypatch.setattr("flows.nightly.make_model", overrun)
+    monkeypatch.setattr("flows.nightly.segment", lambda config, night, until: left.append(until - time.monotonic()))
+    with pytest.raises(JobError, match="the deadline"):
+        nightly.fn(night_config.model_copy(update={"night": date(2026, 11, 24), "deadline_hours": 0.0001}))
+    assert left[0] > 0
+
+
+def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
+    night_config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+
+    def segment(config: object, night: str, until: float) -> None:
+        left.append(until - time.monotonic())
+        overrun(config, until)
+
+    monkeypatch.setattr(stages, "is_night_done", lambda config, name: None)
+    monkeypatch.setattr(publish, "publish_nights", lambda rows: None)
+    monkeypatch.setattr("flows.backfill.segment", segment)
+    with pytest.raises(JobError, match="2 of 2 nights failed"):
+        backfill.fn(
+            BackfillConfig(
+                models=night_config.models,
+                input=night_config.input,
+                output=night_config.output,
+                first=date(2026, 11, 24),
+                last=date(2026, 11, 25),
+                deadline_hours=0.0001,
+            )
+        )
+    assert min(left) > 0
 
 
 def test_without_a_current_model_an_archive_is_refused(night_config: NightlyConfig, tmp_path: Path) -> None:
