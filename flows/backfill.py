@@ -13,7 +13,7 @@ from flows.command import main
 from flows.config import ArchiveFlowConfig, BackfillConfig
 from flows.nights import nights_between
 from jobs.contract import PredictResult
-from unetpp.errors import JobError
+from unetpp.errors import JobError, UnetppError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
         try:
             results[name] = segment(one, name, stages.deadline(config))
             rows[f"{night}"] = _row(f"{night}", results[name].status, results[name])
-        except JobError as error:
+        except UnetppError as error:
             logger.error("night %s: %s", night, error)
             failed.append(f"{night}")
             rows[f"{night}"] = _row(f"{night}", "failed")

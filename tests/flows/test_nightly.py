@@ -25,7 +25,7 @@ from jobs import registry
 from jobs.config_file import write_yaml
 from jobs.contract import EvaluateResult, ExitCode, PredictResult, PruneResult
 from unetpp.checkpoint import digest, from_pretrained, save_pretrained
-from unetpp.errors import ConfigError, JobError
+from unetpp.errors import ConfigError, JobError, TransientError
 
 Night = tuple[TrainOutcome, PredictResult]
 
@@ -187,6 +187,8 @@ def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
 
     def segment(config: object, night: str, until: float) -> None:
         left.append(until - time.monotonic())
+        if night == "20261125":
+            raise TransientError("the Ray cluster answers 502")
         overrun(config, until)
 
     monkeypatch.setattr(stages, "is_night_done", lambda config, name: None)
