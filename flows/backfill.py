@@ -13,15 +13,17 @@ from flows.command import main
 from flows.config import ArchiveFlowConfig, BackfillConfig
 from flows.nights import nights_between
 from jobs.contract import PredictResult
-from unetpp.errors import JobError
+from unetpp.errors import JobError, UnetppError
 
 logger = logging.getLogger(__name__)
 
 
 @flow(name="backfill", on_cancellation=[hooks.stop_jobs], on_crashed=[hooks.leave_jobs])
 def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
-    """Work on every night of the range that is not done, and publish the matrix; a night that fails stops no other."""
-    until = stages.deadline(config)
+    """Work on every night of the range that is not done, and publish the matrix; a night that fails stops no other.
+
+    Each night has `deadline_hours`.
+    """
     results: dict[str, PredictResult] = {}
     rows: dict[str, dict[str, str]] = {}
     failed: list[str] = []
@@ -37,9 +39,9 @@ def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
         rows[f"{night}"] = _row(f"{night}", "working")
         publish.publish_nights(list(rows.values()))
         try:
-            results[name] = segment(one, name, until)
+            results[name] = segment(one, name, stages.deadline(config))
             rows[f"{night}"] = _row(f"{night}", results[name].status, results[name])
-        except JobError as error:
+        except UnetppError as error:
             logger.error("night %s: %s", night, error)
             failed.append(f"{night}")
             rows[f"{night}"] = _row(f"{night}", "failed")

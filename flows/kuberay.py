@@ -119,8 +119,13 @@ class KubeRayJobs:
                 GROUP, VERSION, self._namespace, PLURAL, subject, _request_timeout=TIMEOUT_S
             )
         except ApiException as error:
-            if error.status in (404, 409):
+            if error.status == (409 if verb.startswith("create") else 404):
                 return None
+            if error.status == 404:
+                raise ConfigError(
+                    f"Kubernetes has no place for rayjobs in {self._namespace}: install the KubeRay operator and apply "
+                    "infra/kuberay/namespace.yaml or name another namespace in the manifest"
+                ) from None
             if error.status in (401, 403):
                 raise ConfigError(
                     f"Kubernetes refuses {verb.split('_')[0]} of rayjobs in {self._namespace}: give the service "

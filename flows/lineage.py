@@ -33,7 +33,8 @@ def publish_lineage(job: PredictConfig, predicted: PredictResult) -> None:
 def event(job: PredictConfig, predicted: PredictResult, run: str) -> dict[str, Any]:
     """The OpenLineage event of one run: archive and model in, table out."""
     flow_run = runtime.flow_run.id
-    statistics = {"_producer": PRODUCER, "_schemaURL": STATISTICS, "rowCount": predicted.num_listed}
+    num_rows = predicted.num_predicted + predicted.num_failed  # an unchanged image has its row from an older run
+    statistics = {"_producer": PRODUCER, "_schemaURL": STATISTICS, "rowCount": num_rows}
     return {
         "eventType": "COMPLETE",
         "eventTime": datetime.now(UTC).isoformat(),

@@ -24,18 +24,19 @@ def nightly(config: NightlyConfig) -> tuple[TrainOutcome, PredictResult]:
     """Train, measure, prune and gate; then predict with whatever model is current.
 
     Where no new model could be made, the archive is segmented with the one there is; the flow run fails at the end.
+    Each half has `deadline_hours`, so that a training that takes too long leaves time for the archive.
     """
-    night, until = stages.tonight(config), stages.deadline(config)
+    night = stages.tonight(config)
     try:
-        outcome = make_model(config, until)
+        outcome = make_model(config, stages.deadline(config))
     except UnetppError as error:
         if registry.current(config.models)[1] is None:
             raise
         logger.error("no new model: %s", error)
         logger.info("going on with the current one")
-        segment(config, night, until)
+        segment(config, night, stages.deadline(config))
         raise
-    predicted = segment(config, night, until)
+    predicted = segment(config, night, stages.deadline(config))
     return publish.ended(predicted, (outcome, predicted))
 
 

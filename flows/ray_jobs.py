@@ -13,20 +13,24 @@ import random
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 from jobs.contract import ExitCode, fingerprint
 from unetpp.errors import ConfigError, JobError, TransientError
 
 logger = logging.getLogger(__name__)
 
+Words = ParamSpec("Words")
+Answer = TypeVar("Answer")
+
 MAX_ATTEMPTS = 3
+"""Of a job that ends by itself. One that was stopped says nothing against the next: that goes on from there."""
 MAX_NAMES = 100
-"""So many attempts can be told apart, when somebody asks for more than MAX_ATTEMPTS."""
+"""So many attempts can be told apart, those that were stopped and those that somebody asked for included."""
 MAX_ID_LENGTH = 47
 """Of a RayJob: Kubernetes adds 16 characters of its own to reach the 63 that a name may have."""
 GRACE_S = 300.0
-"""How long a cluster may not answer before its job is given up as lost."""
+"""How long a cluster may not answer before a job is given up: as lost, or as one that cannot be asked for."""
 STOP_S = 120.0
 """How long a job may take to drain and end after it was told to stop."""
 POLL_S = 5.0
@@ -117,11 +121,14 @@ def ensure(
     *,
     is_done: Callable[[], bool] = lambda: True,
     again: bool = False,
+    grace_s: float = GRACE_S,
+    poll_s: float = POLL_S,
 ) -> Submission:
     """See to it that a job runs, or has run, once.
 
     A job of this name that is waiting, running or done is attached to. One that ended with exit code 1 or 4, or was
-    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none.
+    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were stopped, by a
+    deadline or by hand, do not count.
 
     Args:
         backend: where it runs.
@@ -131,23 +138,37 @@ def ensure(
         is_done: whether the output of a job that succeeded is still there.
         again: somebody mended what was wrong: start another attempt whatever the last one's exit code was, and
             however many there were.
+        grace_s: how long the cluster may be silent. A start whose answer got lost is attached to.
+        poll_s: seconds between two questions to a silent cluster.
 
     Raises:
         JobError: it ended in a way that another attempt would not change, or too often.
-        ConfigError, TransientError: of the backend.
+        ConfigError, TransientError: of the backend, the second after `grace_s` of silence.
     """
+
+    def patiently(ask: Callable[Words, Answer], *words: Words.args, **named: Words.kwargs) -> Answer:
+        deadline = time.monotonic() + grace_s
+        while True:
+            try:
+                return ask(*words, **named)
+            except TransientError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                logger.warning("%s: %s; asking again", name, error)
+                time.sleep(poll_s)
+
     attempts: list[tuple[str, JobStatus]] = []
     while len(attempts) < MAX_NAMES:
         this = name if not attempts else f"{name}-a{len(attempts)}"
-        if (status := backend.status(this)) is None:
+        if (status := patiently(backend.status, this)) is None:
             break
         attempts.append((this, status))
     if attempts:
         last, status = attempts[-1]
         if status.state.is_active or (status.state is State.SUCCEEDED and is_done()):
             return Submission(last, attached=True)
-        limit = MAX_NAMES if again else MAX_ATTEMPTS
-        if not (again or _may_try_again(status)) or len(attempts) >= limit:
+        spent = sum(ended.state is not State.STOPPED for _, ended in attempts)
+        if (not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status))) or len(attempts) >= MAX_NAMES:
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
                 last,
@@ -155,7 +176,7 @@ def ensure(
                 f"{_tail(backend, last)}\n{why}: mend what it says, then start the flow with again=true",
             )
         logger.info("%s: %s; trying again as %s", last, _ending(status), this)
-    return Submission(this, attached=not backend.submit(this, command, metadata))
+    return Submission(this, attached=not patiently(backend.submit, this, command, metadata))
 
 
 def follow(

@@ -97,13 +97,19 @@ def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
 
 @task(name="prune", cache_policy=NO_CACHE)
 def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult, until: float) -> PruneResult:
-    """Keep the cheapest level that is within the tolerance by what `evaluate_stage` measured."""
+    """Keep the cheapest level that is within the tolerance by what `evaluate_stage` measured.
+
+    All that decides the level is in the folder's name: another choice may be another level, and must not take the place
+    of a model that a record names.
+    """
+    metrics = storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json")
+    choice = fingerprint({"tolerance": config.tolerance, "confidence": config.confidence, "metrics": metrics})
     job = PruneConfig(
         model=trained.model_uri,
-        out=storage.join(config.work, "prune", trained.digest[:10]),
+        out=storage.join(config.work, "prune", f"{trained.digest[:10]}-{choice[:6]}"),
         tolerance=config.tolerance,
         confidence=config.confidence,
-        metrics=storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json"),
+        metrics=metrics,
     )
     spec = _spec(job, trained.digest, labelled)
     return _once(config, "prune", spec, job, PruneResult, config.work, _has_model, until)
@@ -114,7 +120,8 @@ def gate_stage(
     config: TrainFlowConfig, labelled: str, measured: EvaluateResult, pruned: PruneResult, until: float
 ) -> GateResult:
     """Make the pruned model the current one, unless it is worse than that on the same validation split."""
-    key = fingerprint({"digest": pruned.digest, "labelled": labelled, "margin": config.gate_margin})
+    models = storage.canonical(config.models)
+    key = fingerprint({"digest": pruned.digest, "labelled": labelled, "margin": config.gate_margin, "models": models})
     record_uri = storage.join(config.work, "results", f"gate-{key[:10]}.json")
     decided = _read(record_uri, GateResult)
     if decided is not None and registry.current(config.models)[1] is not None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -13,14 +14,18 @@ from flows.jobs_api import RayJobs
 from flows.ray_jobs import State
 from jobs import models, storage
 from jobs.config_file import write_command
-from jobs.contract import ExitCode
+from jobs.contract import AssembleConfig, ExitCode
 from unetpp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=BaseModel)
 
-PLACES = ("data", "input", "metrics", "model", "models", "out", "output", "result", "run")
+PLACES: dict[str, Callable[[str], str]] = {
+    **dict.fromkeys(("data", "input", "metrics", "models", "out", "output", "result", "run"), storage.canonical),
+    **dict.fromkeys(("init", "model"), models.canonical),
+}
+"""Fields that say where something is, each with what gives a place its one spelling."""
 
 
 def submit(job: str, config: BaseModel, *, address: str | None = None, detach: bool | None = None) -> int:
@@ -37,8 +42,10 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
     spec: dict[str, object] = {"job": job, "config": there.model_dump(mode="json", exclude={"result"})}
     name = ray_jobs.submission_id(job, None, spec)
     metadata = {"by": os.environ.get("USER", "")}
-    # Whoever says it once more wants it done once more, unless it is being done.
-    submission = ray_jobs.ensure(backend, name, write_command(job, there), metadata, is_done=lambda: False, again=True)
+    # Whoever says it once more wants it done once more, unless it is being done, and hears of a silent cluster at once.
+    submission = ray_jobs.ensure(
+        backend, name, write_command(job, there), metadata, is_done=lambda: False, again=True, grace_s=0.0
+    )
     verb = "attached to" if submission.attached else "started"
     logger.info("%s %s: %s", verb, submission.submission_id, backend.url(submission.submission_id))
     if detach:
@@ -61,12 +68,13 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
 def seen_from_elsewhere(config: Config) -> Config:
     """Return the config with its relative paths made absolute: a cluster's working directory is another one.
 
-    A packaged model stays one: the cluster has the package as well.
+    A packaged model stays one: the cluster has the package as well. What `assemble` calls a model is a digest.
     """
     seen: dict[str, object] = {}
-    for name in PLACES:
-        spelt = models.canonical if name == "model" else storage.canonical
+    for name, spelt in PLACES.items():
         match getattr(config, name, None):
+            case _ if name == "model" and isinstance(config, AssembleConfig):
+                continue
             case str(place):
                 seen[name] = spelt(place)
             case tuple(several):

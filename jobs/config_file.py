@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from jobs.config_schema import Schema, allowed, schema_at, schema_of
+from jobs.config_schema import Schema, allowed, leaves, schema_at, schema_of
 from unetpp.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -77,14 +77,19 @@ def write_yaml(config: BaseModel) -> str:
 
 
 def write_command(job: str, config: BaseModel) -> str:
-    """Return the `unetpp` command line that gives this config: what must be said, then what is not the default."""
+    """Return the `unetpp` command line that gives this config: what must be said, then what is not the default.
+
+    A flag is repeated only where the command takes it more than once: a list in the place of one value, such as
+    `num_workers: [1, 8]`, is a setting.
+    """
+    lists = {leaf.path for leaf in leaves(schema_of(type(config))) if leaf.is_list}
     required: list[str] = []
     changed: list[str] = []
     for path, value, default in _leaves(config):
         if value == default:
             continue
         dotted = ".".join(path).replace("_", "-")
-        if value is None or isinstance(value, bool | dict):
+        if value is None or isinstance(value, bool | dict) or (isinstance(value, list) and path not in lists):
             words = ["--set", f"{'.'.join(path)}={json.dumps(value)}"]
         else:
             words = [

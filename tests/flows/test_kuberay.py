@@ -135,6 +135,7 @@ def test_stopping_deletes_the_resource(jobs: KubeRayJobs, kubernetes: Kubernetes
     ("answer", "error", "words"),
     [
         (403, ConfigError, "the role of infra/kuberay"),
+        (404, ConfigError, "no place for rayjobs in unetpp: install the KubeRay operator"),
         (422, ConfigError, "refuses the RayJob"),
         (500, TransientError, "500"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pyarrow.dataset
@@ -15,14 +16,16 @@ import pytest
 from prefect.artifacts import Artifact
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import stages
-from flows.config import NightlyConfig, TrainFlowConfig
+from flows import publish, stages
+from flows.backfill import backfill
+from flows.config import BackfillConfig, NightlyConfig, TrainFlowConfig
 from flows.nightly import nightly
 from flows.outcome import GateResult, TrainOutcome
 from jobs import registry
 from jobs.config_file import write_yaml
-from jobs.contract import EvaluateResult, ExitCode, PredictResult
-from unetpp.errors import ConfigError, JobError
+from jobs.contract import EvaluateResult, ExitCode, PredictResult, PruneResult
+from unetpp.checkpoint import digest, from_pretrained, save_pretrained
+from unetpp.errors import ConfigError, JobError, TransientError
 
 Night = tuple[TrainOutcome, PredictResult]
 
@@ -45,6 +48,12 @@ def files_below(*folders: str) -> dict[Path, tuple[int, int]]:
     paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
     paths = [path for path in paths if not path.name.startswith("unetpp-predict-")]  # what the last call said
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def overrun(config: object, until: float) -> None:
+    """A job that is stopped by the deadline."""
+    time.sleep(max(0.0, until - time.monotonic()))
+    raise JobError("job", int(ExitCode.INTERRUPTED), "the deadline came before its end")
 
 
 def train_config(night: NightlyConfig) -> TrainFlowConfig:
@@ -158,6 +167,47 @@ def test_a_night_that_fails_passes_the_jobs_exit_code_on(first_night: Night, nig
     assert failed.value.exit_code == ExitCode.CONFIG
 
 
+def test_a_training_that_took_too_long_leaves_time_for_the_archive(
+    night_config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fallback with the current model has a deadline of its own."""
+    left: list[float] = []
+    monkeypatch.setattr(registry, "current", lambda models: (1, "a model"))
+    monkeypatch.setattr("flows.nightly.make_model", overrun)
+    monkeypatch.setattr("flows.nightly.segment", lambda config, night, until: left.append(until - time.monotonic()))
+    with pytest.raises(JobError, match="the deadline"):
+        nightly.fn(night_config.model_copy(update={"night": date(2026, 11, 24), "deadline_hours": 0.0001}))
+    assert left[0] > 0
+
+
+def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
+    night_config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+
+    def segment(config: object, night: str, until: float) -> None:
+        left.append(until - time.monotonic())
+        if night == "20261125":
+            raise TransientError("the Ray cluster answers 502")
+        overrun(config, until)
+
+    monkeypatch.setattr(stages, "is_night_done", lambda config, name: None)
+    monkeypatch.setattr(publish, "publish_nights", lambda rows: None)
+    monkeypatch.setattr("flows.backfill.segment", segment)
+    with pytest.raises(JobError, match="2 of 2 nights failed"):
+        backfill.fn(
+            BackfillConfig(
+                models=night_config.models,
+                input=night_config.input,
+                output=night_config.output,
+                first=date(2026, 11, 24),
+                last=date(2026, 11, 25),
+                deadline_hours=0.0001,
+            )
+        )
+    assert min(left) > 0
+
+
 def test_without_a_current_model_an_archive_is_refused(night_config: NightlyConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no current model"):
         stages.predict_stage.fn(
@@ -181,39 +231,60 @@ def test_a_changed_mask_or_option_makes_the_labelled_set_new(labelled_dir: Path)
 # ------------------------------------------------------------------------------------------------------ the gate
 
 
-def candidate(outcome: TrainOutcome, digest: str, iou: float) -> tuple[EvaluateResult, TrainOutcome]:
-    """The first night's model as if it were another one, that scored `iou` at every level."""
+def decide(night: NightlyConfig, measured: EvaluateResult, pruned: PruneResult, iou: float) -> GateResult:
+    """What the gate says of a model that scored `iou` at every level."""
     reports = tuple(
         report.model_copy(update={"score": report.score.model_copy(update={"mean_iou": iou})})
-        for report in outcome.measured.reports
+        for report in measured.reports
     )
-    pruned = outcome.pruned.model_copy(update={"digest": digest})
-    return outcome.measured.model_copy(update={"reports": reports}), outcome.model_copy(update={"pruned": pruned})
-
-
-def decide(night: NightlyConfig, outcome: TrainOutcome, digest: str, iou: float) -> GateResult:
-    measured, other = candidate(outcome, digest, iou)
+    scored = measured.model_copy(update={"reports": reports})
     labelled = stages.labelled_fingerprint(night.data)
-    return stages.gate_stage(train_config(night), labelled, measured, other.pruned, time.monotonic() + 600)
+    return stages.gate_stage(train_config(night), labelled, scored, pruned, time.monotonic() + 600)
+
+
+def test_another_choice_of_a_level_leaves_the_first_ones_model(first_night: Night, night_config: NightlyConfig) -> None:
+    """So that the digest in the first one's record stays that of the weights it names."""
+    outcome, _ = first_night
+    before = files_below(outcome.pruned.model_uri)
+    other = train_config(night_config).model_copy(update={"tolerance": 0.9})
+    labelled = stages.labelled_fingerprint(night_config.data)
+    pruned = stages.prune_stage(other, labelled, outcome.trained, time.monotonic() + 600)
+    assert pruned.level == 1
+    assert pruned.model_uri != outcome.pruned.model_uri
+    assert files_below(outcome.pruned.model_uri) == before
+
+
+def test_a_second_registry_gets_the_model_too(first_night: Night, night_config: NightlyConfig, tmp_path: Path) -> None:
+    outcome, _ = first_night
+    elsewhere = night_config.model_copy(update={"models": str(tmp_path)})
+    assert decide(elsewhere, outcome.measured, outcome.pruned, 0.5).accepted
+    model = registry.current(str(tmp_path))[1]
+    assert model is not None
+    assert model.digest == outcome.pruned.digest
 
 
 def test_a_worse_model_does_not_replace_the_current_one_and_a_better_one_does(
-    first_night: Night, night_config: NightlyConfig
+    first_night: Night, night_config: NightlyConfig, tmp_path: Path
 ) -> None:
     outcome, _ = first_night
-    worse = decide(night_config, outcome, "0" * 64, -1.0)
+    other = from_pretrained(outcome.pruned.model_uri)
+    for weights in other.parameters():
+        weights.data += 0.1
+    save_pretrained(other, tmp_path)
+    pruned = outcome.pruned.model_copy(update={"digest": digest(other), "model_uri": str(tmp_path)})
+    worse = decide(night_config, outcome.measured, pruned, -1.0)
     assert not worse.accepted
     assert "does not replace the current model" in worse.reason
     assert registry.current(night_config.models)[0] == 1
 
-    better = decide(night_config, outcome, "1" * 64, 1.0)
+    better = decide(night_config.model_copy(update={"gate_margin": 0.01}), outcome.measured, pruned, 1.0)
     assert better.accepted
     number, model = registry.current(night_config.models)
     assert number == 2
     assert model is not None
-    assert model.digest == "1" * 64
+    assert model.digest == pruned.digest
     assert (Path(night_config.models) / model.digest / "model.safetensors").is_file()
 
-    again = decide(night_config, outcome, "1" * 64, 1.0)
+    again = decide(night_config.model_copy(update={"gate_margin": 0.01}), outcome.measured, pruned, 1.0)
     assert again == better
     assert registry.current(night_config.models)[0] == 2

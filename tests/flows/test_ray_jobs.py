@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flows import ray_jobs
-from flows.ray_jobs import MAX_ATTEMPTS, MAX_ID_LENGTH, JobStatus, State, ensure, follow, stop, submission_id
+from flows.ray_jobs import MAX_ATTEMPTS, MAX_ID_LENGTH, MAX_NAMES, JobStatus, State, ensure, follow, stop, submission_id
 from jobs.contract import ExitCode
 from unetpp.errors import JobError, TransientError
 
@@ -121,6 +121,17 @@ def test_there_are_three_attempts_and_then_none() -> None:
     assert cluster.submitted == []
 
 
+def test_an_attempt_that_was_stopped_is_none_of_the_three() -> None:
+    stopped = Cluster(job=[STOPPED], job_a1=[STOPPED], job_a2=[failed(1)], job_a3=[STOPPED])
+    assert ensured(stopped) == ("job-a4", False)
+    stopped.jobs |= {"job-a4": [failed(1)], "job-a5": [failed(1)]}
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(stopped)
+    named = Cluster(job=[STOPPED], **{f"job_a{number}": [STOPPED] for number in range(1, MAX_NAMES)})
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(named)
+
+
 def test_somebody_who_mended_it_may_ask_again() -> None:
     assert ensured(Cluster(job=[failed(20)]), again=True) == ("job-a1", False)
     assert ensured(Cluster(job=[failed(1)], job_a1=[failed(1)], job_a2=[failed(1)]), again=True) == ("job-a3", False)
@@ -134,6 +145,24 @@ def test_the_last_attempt_decides() -> None:
 def test_a_job_whose_output_is_gone_runs_again() -> None:
     cluster = Cluster(job=[SUCCEEDED])
     assert ensure(cluster, "job", "c", {}, is_done=lambda: False) == ("job-a1", False)
+
+
+def test_a_job_is_asked_for_until_the_cluster_answers() -> None:
+    class Dropping(Cluster):
+        """The first answer to a start is lost on its way."""
+
+        def submit(self, submission_id: str, command: str, metadata: dict[str, str]) -> bool:
+            if submission_id in self.submitted:
+                return False
+            super().submit(submission_id, command, metadata)
+            raise silence
+
+    silence = TransientError("the Ray cluster answers 502")
+    cluster = Dropping(job=[silence, silence, None])
+    assert ensure(cluster, "job", "c", {}, poll_s=0.001) == ("job", True)
+    assert cluster.submitted == ["job"]
+    with pytest.raises(TransientError, match="502"):
+        ensure(Cluster(job=[silence]), "job", "c", {}, grace_s=0.05, poll_s=0.001)
 
 
 def test_two_that_start_at_once_share_the_job() -> None:

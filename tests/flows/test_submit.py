@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.submit import seen_from_elsewhere
-from jobs.contract import PredictConfig
+from jobs.contract import AssembleConfig, PredictConfig, TrainConfig
 from unetpp import packaged
 from unetpp.errors import ModelError
 
@@ -31,6 +31,17 @@ def test_paths_become_absolute_and_packaged_models_stay_names(here: Path, model:
     assert seen.model == there.format(here=here)
     assert (seen.input, seen.output, seen.result) == ((f"{here}/images",), "s3://bucket/out", None)
     assert seen_from_elsewhere(seen) == seen
+
+
+def test_what_a_training_starts_from_is_a_model(here: Path) -> None:
+    seen = [seen_from_elsewhere(TrainConfig(data="d", output="o", init=init)).init for init in ("mine", "tiny", None)]
+    assert seen == [f"{here}/mine", "packaged:tiny", None]
+
+
+def test_the_digest_of_the_masks_to_assemble_stays_one(here: Path) -> None:
+    seen = seen_from_elsewhere(AssembleConfig(output="masks", key="a.tif", out="a.tif", model="0123456789"))
+    assert (seen.model, seen.key) == ("0123456789", "a.tif")
+    assert (seen.output, seen.out) == (f"{here}/masks", f"{here}/a.tif")
 
 
 def test_a_model_that_is_nowhere_is_told_before_anything_is_sent(here: Path) -> None:

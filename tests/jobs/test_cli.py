@@ -58,6 +58,7 @@ def test_a_config_can_be_told_as_a_command(printed, tmp_path: Path) -> None:
             "output": "o",
             "model": {"level": 2, "filters": [4, 8, 16]},
             "epochs": 3,
+            "num_workers": (1, 8),
             "balance_by": "stain",
             "group_weights": {"a": 0.5, "b c": 0.5},
             "augment": {"flip": False},
