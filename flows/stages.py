@@ -20,7 +20,7 @@ from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
 from flows.nights import night_of
 from flows.outcome import GateResult
 from flows.ray_jobs import State
-from jobs import registry, storage
+from jobs import models, registry, storage
 from jobs.config_file import write_command
 from jobs.contract import (
     EvaluateConfig,
@@ -72,6 +72,8 @@ def train_stage(config: TrainFlowConfig, labelled: str, until: float) -> TrainRe
     """Train on the labelled set, or return the result of having done so."""
     job = TrainConfig(data=config.data, output=storage.join(config.work, "train"), **dict(config.train))
     spec: dict[str, object] = {"config": job.run_fingerprint(), "labelled": labelled}
+    if job.init is not None:
+        spec["init"] = models.version(job.init)
     return _once(config, "train", spec, job, TrainResult, config.work, _has_model, until)
 
 
@@ -210,8 +212,7 @@ def _spec(job: BaseModel, digest: str, labelled: str) -> dict[str, object]:
 
 
 def _has_model(result: BaseModel) -> bool:
-    model_uri = getattr(result, "model_uri", "")
-    return all(storage.exists(storage.join(model_uri, name)) for name in ("config.json", "model.safetensors"))
+    return models.is_there(getattr(result, "model_uri", ""))
 
 
 # ---------------------------------------------------------------------------------------------- an archive

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jobs import storage
+from jobs.contract import fingerprint
 from unetpp import packaged
 from unetpp.card import CONFIG, WEIGHTS
 from unetpp.errors import ModelError
@@ -15,6 +16,12 @@ def canonical(uri: str) -> str:
     """
     name = packaged.name_of(uri)
     return storage.canonical(uri) if name is None else f"{packaged.SCHEME}{name}"
+
+
+def version(uri: str) -> str:
+    """What tells the files at a model's place from those that lay there before, without reading them."""
+    folder = storage.canonical(uri) if packaged.name_of(uri) is None else str(packaged.resolve(uri))
+    return fingerprint({found.key: found.etag for found in storage.list_objects(folder, missing_ok=True)})
 
 
 def is_there(uri: str) -> bool:

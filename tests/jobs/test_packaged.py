@@ -82,6 +82,19 @@ def test_every_door_takes_a_name(tiny: str, tiny_model: Path, tmp_path: Path) ->
         models.fetch_model("small")
 
 
+def test_other_weights_at_a_place_are_another_version(tiny: str, tiny_model: Path, tmp_path: Path) -> None:
+    assert models.version(tiny) == models.version(str(tiny_model))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    before = models.version(str(copy))
+    assert models.version(str(copy)) == before
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
+    assert models.version(str(copy)) != before
+    assert models.is_there(str(copy))
+    (copy / "model.safetensors").unlink()
+    assert not models.is_there(str(copy))
+
+
 def test_the_package_is_not_written_to(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="comes with the package, which is not written to"):
         evaluate(EvaluateConfig(model=tiny, data=str(tmp_path), update_card=True))
