@@ -205,7 +205,7 @@ def done_before(
 def still_failed(
     output: str, digest: str, run: str, *, only: Collection[str] = (), waiting: Collection[str] = ()
 ) -> dict[Place, int]:
-    """The images of a run whose newest row is a failure, with the attempts so far.
+    """The images of a run whose newest row is a failure, with the attempts so far. What is forgotten is none.
 
     Args:
         output: where the table is.
@@ -234,7 +234,7 @@ def still_failed(
                     continue
                 failed.pop(place, None)
                 code = row["error_code"]
-                if code is not None and number not in waiting and (not only or code in only):
+                if code not in (None, "forgotten") and number not in waiting and (not only or code in only):
                     failed[place] = row["attempts"]
     return failed
 

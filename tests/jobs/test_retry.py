@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs import explain, predict, retry, status
-from jobs.contract import ExplainConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
+from jobs import explain, forget, predict, retry, status
+from jobs.contract import ExplainConfig, ForgetConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
 from jobs.table import read_masks
 from unetpp.errors import ConfigError
 
@@ -60,6 +60,17 @@ def test_only_the_named_causes_are_tried_again(again) -> None:
     assert again(only=("decode",)).num_predicted == 2
     with pytest.raises(ValueError, match="no error code nonsense"):
         RetryConfig(run="r", only=("nonsense",))
+
+
+def test_a_forgotten_image_does_not_come_back(again, tmp_path: Path) -> None:
+    for key in ("a.png", "b.PNG"):
+        forget.run(ForgetConfig(output=str(tmp_path / "out"), key=key))
+    result = again()
+    assert result.num_listed == 1
+    rows = read_masks(str(tmp_path / "out"), result.model_digest, ["key", "error_code"]).to_pylist()
+    assert {row["key"] for row in rows if row["error_code"] == "forgotten"} == {"a.png", "b.PNG"}
+    with pytest.raises(ValueError, match="what is forgotten stays so"):
+        RetryConfig(run="r", only=("forgotten",))
 
 
 def test_status_counts_what_is_committed(run_uri: str, again) -> None:
