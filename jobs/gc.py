@@ -93,7 +93,7 @@ def _superseded(output: str, record: RunRecord, by: str) -> Garbage:
 
 def _orphans(output: str, record: RunRecord, named: Names) -> Garbage:
     """PNGs of a finished run that no row names: its shards were abandoned, or an image forgotten or done again."""
-    pngs = storage.join(output, "png", sink.model_folder(record.model_digest), f"run={record.run}")
+    pngs = sink.pngs_uri(output, record.model_digest, record.run)
     known = np.unique(np.frombuffer(bytes(named), "S16"))
 
     def is_orphan(found: StoredObject) -> bool:
@@ -111,8 +111,8 @@ def _names(output: str, digest: str, run: str) -> dict[str, Names]:
     parts = table.list_parts(output, digest, run)
     for batch in table.scan(parts, ["mask_uri"]):
         for uri in batch["mask_uri"].to_pylist():
-            if uri is not None:  # by what follows the model's folder: an output that was moved keeps its PNGs
-                run_id, _, key = uri.rpartition(f"/{sink.model_folder(digest)}/run=")[2].partition("/")
+            if uri is not None:
+                run_id, key = sink.split_mask_uri(uri, digest)
                 named.setdefault(run_id, Names()).extend(_digest(key) + _digest(sink.probability_uri(key)))
     return named
 
