@@ -17,7 +17,7 @@ from jobs.planning import LARGEST, ShardSize
 from jobs.run_records import ABANDONED, INDEXES, RunRecord, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import ConfigError, ModelError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,18 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
 
 
 def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
-    """The parent's images that are still failed, of the versions that its manifest names."""
-    (parent,) = [record for record in records if record.run == archive.parent]
+    """The parent's images that are still failed, of the versions that its manifest names.
+
+    ConfigError where there is no such run, ModelError where the archive's model is not the one that it was made with.
+    """
+    parent = next((record for record in records if record.run == archive.parent), None)
+    if parent is None:
+        raise ConfigError(f"there is no run {archive.parent} in {archive.output_uri}; wanted <output>/runs/<run id>")
+    if parent.model_digest != archive.model_digest:
+        raise ModelError(
+            f"{archive.config.model} holds model {archive.model_digest[:10]}, but run {parent.run} was opened with "
+            f"{parent.model_digest[:10]}: put that model back, or say with --model where it is now"
+        )
     failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
     return planning.plan_again(
