@@ -117,7 +117,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         waiting: runs of this call, whose failed images wait for the next call.
 
     Raises:
-        ConfigError: nothing is listed.
+        ConfigError: nothing is listed, or an input of the unfinished run is gone.
     """
     while True:
         found = list_runs(archive.output_uri)
@@ -139,6 +139,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             # none of a night's work: it is left to `unetpp compact`.
             is_committed = not record.compacts and not pending_shards(archive, record)
             if record.fingerprint == archive.fingerprint or is_committed:
+                _refuse_other_roots(archive, record)
                 return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
@@ -207,6 +208,7 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
             f"{archive.config.model} holds model {archive.model_digest[:10]}, but run {parent.run} was opened with "
             f"{parent.model_digest[:10]}: put that model back, or say with --model where it is now"
         )
+    _refuse_other_roots(archive, parent)
     failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
     return planning.plan_again(
@@ -215,6 +217,18 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
         sources=[storage.plain(source) for source in parent.sources],
         size=archive.shard_size,
     )
+
+
+def _refuse_other_roots(archive: Archive, record: RunRecord) -> None:
+    """ConfigError where the keys of a run begin elsewhere than those of the call: its images would all seem gone.
+
+    An input that was one object, which has its keys from its folder, is taken for a folder once it is not there.
+    """
+    for uri, before, now in zip(archive.inputs, record.sources, archive.source_uris, strict=True):
+        if storage.plain(before) != now:
+            raise ConfigError(
+                f"{uri} is not what it was when run {record.run} was opened, whose keys begin at {before}: put it back"
+            )
 
 
 def _open(archive: Archive, run: str, plan: planning.Plan) -> RunRecord | None:
