@@ -52,6 +52,9 @@ class Archive:
                 "write": sorted(set(self.config.write)),
                 "shard_images": self.config.shard_images,
                 "window_px": self.config.window_px,
+                "limits": self.config.model_dump(
+                    include={"max_members", "max_member_mb", "max_ratio", "max_pixels", "pages"}
+                ),
                 "parent": None if self.parent is None else [self.parent, *sorted(set(self.only))],
             }
         )

@@ -430,6 +430,18 @@ def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
         worker(shards[0])
 
 
+@pytest.mark.parametrize(
+    "changed", [{"max_members": 9}, {"max_member_mb": 9}, {"max_ratio": 9.0}, {"max_pixels": 9}, {"pages": "refuse"}]
+)
+def test_what_is_read_of_the_inputs_is_among_the_settings_of_a_run(changed: dict[str, Any]) -> None:
+    where = {"model": "model", "input": "images", "output": "out"}
+    one, other = (
+        Archive(resolve(["images"], "out"), "out", "0" * 64, PredictConfig.model_validate(where | how)).fingerprint
+        for how in ({}, changed)
+    )
+    assert one != other
+
+
 def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> None:
     """The zombie: it looked before the empty part was there, and comes to put its own."""
     opening = _open_a_run(segment, tmp_path, shard_images=3)
