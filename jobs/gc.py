@@ -14,6 +14,7 @@ import numpy as np
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
 from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
+from jobs.runs import is_being_given_up
 from jobs.storage import SCRATCH, StoredObject
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
     for run, state in states.items():
         run_uri = storage.join(output, "runs", run)
         record = read_record(run_uri)
-        if state != "open":
+        is_over = state != "open" and not is_being_given_up(run_uri, record, state)
+        if is_over:
             named = _names(output, record.model_digest, run).get(run, Names())
             if state == "compacted":
                 by = compacted_into(run_uri)
@@ -62,14 +64,17 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
                     yield from _superseded(output, record, by)
             yield from _orphans(output, record, named)
         for found in storage.list_objects(run_uri):
-            is_note = found.key.startswith(f"{HINTS}/") and state != "open"
+            is_note = found.key.startswith(f"{HINTS}/") and is_over
             is_spare = found.key.startswith("manifest-") and found.key != record.manifest
             uri = storage.join(run_uri, found.key)
             if (is_note or is_spare) and _is_old(uri, output, min_age_s):
                 yield "note" if is_note else "manifest", uri, found.size_bytes
-    for found in storage.list_objects(storage.join(output, "runs"), missing_ok=True):
+    listed = list(storage.list_objects(storage.join(output, "runs"), missing_ok=True))
+    opened = list_runs(output)  # after the listing: a run may have been opened since we began
+    for found in listed:
+        run, _, name = found.key.partition("/")
         uri = storage.join(output, "runs", found.key)
-        if found.key.split("/")[0] not in states and _is_old(uri, output, min_age_s):
+        if name.startswith("manifest-") and run not in opened and _is_old(uri, output, min_age_s):
             yield "manifest", uri, found.size_bytes
     for found in storage.list_objects(storage.join(output, INDEXES), missing_ok=True):
         uri = storage.join(output, INDEXES, found.key)

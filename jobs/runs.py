@@ -14,7 +14,7 @@ from jobs.contract import PredictConfig, fingerprint
 from jobs.done import Done, DoneWithin, done_before, still_failed
 from jobs.manifest import Shard
 from jobs.planning import LARGEST, ShardSize
-from jobs.run_records import ABANDONED, INDEXES, RunRecord, list_runs, next_run, output_of, read_record
+from jobs.run_records import ABANDONED, INDEXES, RunRecord, State, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
 from unetpp.errors import ConfigError, ModelError, StorageError
@@ -286,6 +286,11 @@ def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
         return []
     every = manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256)
     return sorted((shard for shard in every if shard.number not in committed), key=lambda shard: -shard.size_bytes)
+
+
+def is_being_given_up(run_uri: str, record: RunRecord, state: State) -> bool:
+    """Whether a run is abandoned, but not yet in all its shards: workers of it may commit those that are left."""
+    return state == "abandoned" and bool(pending_shards(Archive.of(run_uri, record), record))
 
 
 def _abandon(archive: Archive, record: RunRecord, by: str) -> None:

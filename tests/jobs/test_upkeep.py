@@ -14,6 +14,7 @@ import pytest
 from jobs import explain, forget, gc, indexes, predict, rebuild, storage
 from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
 from jobs.members import Member
+from jobs.run_records import State, list_runs
 from jobs.runs import Archive, open_run
 from jobs.sink import png_key
 from jobs.sources import Source
@@ -126,6 +127,18 @@ def test_an_open_run_is_left_alone(segment, output: str, archive: Path, tiny_mod
     storage.write_bytes(storage.join(output, f"png/model=m{digest[:10]}/run=r00001/{png_key('a.png')}"), b"x")
     storage.write_bytes(storage.join(output, "runs/r00001/hints/shard-00000.1"), b"x")
     assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+    storage.write_bytes(storage.join(output, "runs/r00001/_ABANDONED.json"), b"{}")  # not yet in any of its shards
+    assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+
+
+def test_a_run_that_is_opened_meanwhile_is_left_alone(segment, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment()
+    before = _contents(output)
+    first: dict[str, State] = {}
+    answers = iter([first])
+    monkeypatch.setattr(gc, "list_runs", lambda where: next(answers, list_runs(where)))
+    assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+    assert _contents(output) == before
 
 
 def test_an_index_goes_with_its_archive(segment, output: str, archive: Path, place: str) -> None:
