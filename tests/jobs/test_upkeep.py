@@ -194,6 +194,8 @@ def test_a_forgotten_image_has_no_mask_anywhere_and_is_not_done_again(segment, o
     result = PredictResult.model_validate(storage.read_json(storage.join(output, "runs/r00002/result.json")))
     assert (result.num_listed, result.num_predicted, result.failures) == (12, 11, {"forgotten": 1})
     assert segment().status == "unchanged"
+    more = segment(write=("parquet", "png", "probability"))
+    assert (more.num_listed, more.num_predicted, more.num_unchanged) == (12, 11, 1)
     assert explain.run(ExplainConfig(run=storage.join(output, "runs", "r00002"), key="a.png")).rows[0].outcome == (
         "forgotten"
     )
