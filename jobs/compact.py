@@ -34,7 +34,7 @@ from jobs.contract import CompactConfig, Compaction, CompactResult, fingerprint
 from jobs.copied import Piece, cut, manifest_of, newest, num_parts
 from jobs.finish import write_up
 from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, read_record
-from jobs.runs import Archive, pending_shards, put_run
+from jobs.runs import Archive, is_being_given_up, put_run
 from jobs.table import Part
 from unetpp.errors import ConfigError, StorageError
 
@@ -215,8 +215,7 @@ def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[
         what = f"run {run} of {', '.join(record.sources)}"
         if states[run] == "open":
             raise ConfigError(f"{what} is not finished: finish it first, then compact")
-        archive = Archive.of(storage.join(output, "runs", run), record)
-        if states[run] == "abandoned" and pending_shards(archive, record):
+        if is_being_given_up(storage.join(output, "runs", run), record, states[run]):
             raise ConfigError(f"{what} is being given up: let the predict command that does so end first")
 
 

@@ -591,6 +591,8 @@ class RetryConfig(Frozen):
             raise ValueError(
                 f"only: no error code {', '.join(unknown)}; there are {', '.join(get_args(ImageErrorCode))}"
             )
+        if "forgotten" in self.only:
+            raise ValueError("only: what is forgotten stays so and is never tried again; name other error codes")
         return self
 
 

@@ -48,12 +48,18 @@ def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str, int]]:
     with os.scandir(folder) as entries:
         # As object stores list: by whole keys, in which the slash after a folder's name counts.
-        ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name) + (b"/" if entry.is_dir() else b""))
+        # Of links os.path asks, since is_dir() fails on one that leads to itself.
+        ordered = sorted(
+            entries,
+            key=lambda at: os.fsencode(at.name) + b"/" * (os.path.isdir(at) if at.is_symlink() else at.is_dir()),
+        )
     for entry in ordered:
         try:
             found = entry.stat()
-        except FileNotFoundError:  # a dangling link, or deleted while we list
-            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            continue  # a link to nowhere or to itself, or deleted while we list
         # Names that are no UTF-8 get a printable key; the read then says `gone` in the image's row.
         key = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")
         if stat.S_ISREG(found.st_mode):

@@ -177,7 +177,7 @@ def done_before(
     """Read what is done of an archive.
 
     An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
-    that a second try cannot change, or MAX_ATTEMPTS tries behind it.
+    that a second try cannot change, or MAX_ATTEMPTS tries behind it. One that was forgotten is done whatever is wanted.
 
     Args:
         output: where the table is.
@@ -194,7 +194,10 @@ def done_before(
         for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
             rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
             names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
-            settled = np.array([covers and _is_settled(row, run in waiting) for row in rows], bool)
+            settled = np.array(
+                [row["error_code"] == "forgotten" or (covers and _is_settled(row, run in waiting)) for row in rows],
+                bool,
+            )
             attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
             done.add(np.array(names, "S16"), settled, attempts)
             done.add_windows(rows, settled)
@@ -205,7 +208,7 @@ def done_before(
 def still_failed(
     output: str, digest: str, run: str, *, only: Collection[str] = (), waiting: Collection[str] = ()
 ) -> dict[Place, int]:
-    """The images of a run whose newest row is a failure, with the attempts so far.
+    """The images of a run whose newest row is a failure, with the attempts so far. What is forgotten is none.
 
     Args:
         output: where the table is.
@@ -234,7 +237,7 @@ def still_failed(
                     continue
                 failed.pop(place, None)
                 code = row["error_code"]
-                if code is not None and number not in waiting and (not only or code in only):
+                if code not in (None, "forgotten") and number not in waiting and (not only or code in only):
                     failed[place] = row["attempts"]
     return failed
 

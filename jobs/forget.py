@@ -67,15 +67,20 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
         for part in table.list_parts(output, record.model_digest, name):
             if found := _forget_in(part, config, output):
                 num_rows[part] = found
-    for name in sorted({part.run for part in num_rows}):
-        if runs[name] == "sealed":  # its report may show the image, its counts changed
-            archive = Archive.of(storage.join(output, "runs", name), records[name])
-            write_up(archive, records[name], _seconds(archive, name))
+    sealed = [name for name in sorted({part.run for part in num_rows}) if runs[name] == "sealed"]
+    for name in sealed:  # the report may show the image, and is not made anew where other images of it are gone
+        storage.delete(storage.join(output, "runs", name, "report.html"))
+    for name in sealed:
+        archive = Archive.of(storage.join(output, "runs", name), records[name])
+        write_up(archive, records[name], _seconds(archive, name))
     return num_rows
 
 
 def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
-    """Write a part anew without the masks of an image, and delete their PNGs; the number of its rows."""
+    """Delete the PNGs of an image, then write its part anew without the masks; the number of its rows.
+
+    In this order, since the rows alone tell which PNGs there are: a killed call is finished by the next.
+    """
     if not any(pc.any(pc.equal(batch["key"], config.key)).as_py() for batch in table.scan([part], ["key"])):
         return 0
     rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
@@ -83,14 +88,14 @@ def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
     if not mine:
         return 0
     (footer,) = table.read_footers([part])
-    place = storage.plain(output)  # as rows name it, who know of no profile
-    pngs = [output + row["mask_uri"].removeprefix(place) for row in mine if row["mask_uri"] is not None]
-    pngs += [sink.probability_uri(uri) for uri in pngs]
     for row in mine:
+        if row["mask_uri"] is not None:
+            run_id, path = sink.split_mask_uri(row["mask_uri"], row["model_digest"])
+            uri = storage.join(sink.pngs_uri(output, row["model_digest"], run_id), path)
+            storage.delete(uri)
+            storage.delete(sink.probability_uri(uri))
         row.update(FORGOTTEN)
     storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))
-    for uri in pngs:
-        storage.delete(uri)
     return len(mine)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
 from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
+from jobs.runs import is_being_given_up
 from jobs.storage import SCRATCH, StoredObject
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
     for run, state in states.items():
         run_uri = storage.join(output, "runs", run)
         record = read_record(run_uri)
-        if state != "open":
+        is_over = state != "open" and not is_being_given_up(run_uri, record, state)
+        if is_over:
             named = _names(output, record.model_digest, run).get(run, Names())
             if state == "compacted":
                 by = compacted_into(run_uri)
@@ -62,14 +64,17 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
                     yield from _superseded(output, record, by)
             yield from _orphans(output, record, named)
         for found in storage.list_objects(run_uri):
-            is_note = found.key.startswith(f"{HINTS}/") and state != "open"
+            is_note = found.key.startswith(f"{HINTS}/") and is_over
             is_spare = found.key.startswith("manifest-") and found.key != record.manifest
             uri = storage.join(run_uri, found.key)
             if (is_note or is_spare) and _is_old(uri, output, min_age_s):
                 yield "note" if is_note else "manifest", uri, found.size_bytes
-    for found in storage.list_objects(storage.join(output, "runs"), missing_ok=True):
+    listed = list(storage.list_objects(storage.join(output, "runs"), missing_ok=True))
+    opened = list_runs(output)  # after the listing: a run may have been opened since we began
+    for found in listed:
+        run, _, name = found.key.partition("/")
         uri = storage.join(output, "runs", found.key)
-        if found.key.split("/")[0] not in states and _is_old(uri, output, min_age_s):
+        if name.startswith("manifest-") and run not in opened and _is_old(uri, output, min_age_s):
             yield "manifest", uri, found.size_bytes
     for found in storage.list_objects(storage.join(output, INDEXES), missing_ok=True):
         uri = storage.join(output, INDEXES, found.key)
@@ -93,7 +98,7 @@ def _superseded(output: str, record: RunRecord, by: str) -> Garbage:
 
 def _orphans(output: str, record: RunRecord, named: Names) -> Garbage:
     """PNGs of a finished run that no row names: its shards were abandoned, or an image forgotten or done again."""
-    pngs = storage.join(output, "png", sink.model_folder(record.model_digest), f"run={record.run}")
+    pngs = sink.pngs_uri(output, record.model_digest, record.run)
     known = np.unique(np.frombuffer(bytes(named), "S16"))
 
     def is_orphan(found: StoredObject) -> bool:
@@ -111,8 +116,8 @@ def _names(output: str, digest: str, run: str) -> dict[str, Names]:
     parts = table.list_parts(output, digest, run)
     for batch in table.scan(parts, ["mask_uri"]):
         for uri in batch["mask_uri"].to_pylist():
-            if uri is not None:  # by what follows the model's folder: an output that was moved keeps its PNGs
-                run_id, _, key = uri.rpartition(f"/{sink.model_folder(digest)}/run=")[2].partition("/")
+            if uri is not None:
+                run_id, key = sink.split_mask_uri(uri, digest)
                 named.setdefault(run_id, Names()).extend(_digest(key) + _digest(sink.probability_uri(key)))
     return named
 

@@ -8,6 +8,7 @@ reads them. The child is a program of its own (`jobs.guarded_child`), not a fork
 starts alike under any program. Its answers are data, never pickles, and are checked before they are believed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -112,10 +113,14 @@ class Child:
             if not self._answers.poll(wall_s * 1000):
                 self.close()
                 raise ImageError("timeout", f"it took longer than {wall_s:g} s")
-            answer: dict[str, Any] = json.loads(connection.recv_bytes(MAX_ANSWER_BYTES))
+            content = connection.recv_bytes(MAX_ANSWER_BYTES)
         except (EOFError, OSError):
             raise self._death() from None
-        return answer
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(answer := json.loads(content), dict):
+                return answer
+        self.close()
+        raise ImageError("crash", f"the process that worked on it answered nonsense: {content[:200]!r}")
 
     def _understood(self, answer: dict[str, Any]) -> dict[str, Any]:
         if answer.get("code") is not None:

@@ -140,13 +140,17 @@ class _Call:
         return table.has_masks(output_uri, digest)
 
     def _is_done(self, archive: Archive, opening: Opening, predictor: Predictor) -> bool:
-        """Work on the run, or follow the driver that does, until all its shards are committed or that one is gone."""
+        """Work on the run, or follow the driver that does, until all its shards are committed or that one is gone.
+
+        One that lost its lease on the way follows, too: all drivers of a run end alike.
+        """
         if not self._config.lease_s:
             return self._execute(archive, opening, predictor, None)
-        if (held := lease.take(archive, opening.record, self._config.lease_s)) is None:
-            return lease.follow(archive, opening.record) == "sealed"
-        with held:
-            return self._execute(archive, opening, predictor, held)
+        if (held := lease.take(archive, opening.record, self._config.lease_s)) is not None:
+            with held:
+                if self._execute(archive, opening, predictor, held):
+                    return True
+        return lease.follow(archive, opening.record) == "sealed"
 
     def _execute(self, archive: Archive, opening: Opening, predictor: Predictor, held: Lease | None) -> bool:
         """Take the run's shards through the workers. False where the lease was lost on the way."""

@@ -14,10 +14,10 @@ from jobs.contract import PredictConfig, fingerprint
 from jobs.done import Done, DoneWithin, done_before, still_failed
 from jobs.manifest import Shard
 from jobs.planning import LARGEST, ShardSize
-from jobs.run_records import ABANDONED, INDEXES, RunRecord, list_runs, next_run, output_of, read_record
+from jobs.run_records import ABANDONED, INDEXES, RunRecord, State, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import ConfigError, ModelError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class Archive:
                 "write": sorted(set(self.config.write)),
                 "shard_images": self.config.shard_images,
                 "window_px": self.config.window_px,
+                "limits": self.config.model_dump(
+                    include={"max_members", "max_member_mb", "max_ratio", "max_pixels", "pages"}
+                ),
                 "parent": None if self.parent is None else [self.parent, *sorted(set(self.only))],
             }
         )
@@ -117,7 +120,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         waiting: runs of this call, whose failed images wait for the next call.
 
     Raises:
-        ConfigError: nothing is listed.
+        ConfigError: nothing is listed, or an input of the unfinished run is gone.
     """
     while True:
         found = list_runs(archive.output_uri)
@@ -139,6 +142,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             # none of a night's work: it is left to `unetpp compact`.
             is_committed = not record.compacts and not pending_shards(archive, record)
             if record.fingerprint == archive.fingerprint or is_committed:
+                _refuse_other_roots(archive, record)
                 return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
@@ -195,8 +199,19 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
 
 
 def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
-    """The parent's images that are still failed, of the versions that its manifest names."""
-    (parent,) = [record for record in records if record.run == archive.parent]
+    """The parent's images that are still failed, of the versions that its manifest names.
+
+    ConfigError where there is no such run, ModelError where the archive's model is not the one that it was made with.
+    """
+    parent = next((record for record in records if record.run == archive.parent), None)
+    if parent is None:
+        raise ConfigError(f"there is no run {archive.parent} in {archive.output_uri}; wanted <output>/runs/<run id>")
+    if parent.model_digest != archive.model_digest:
+        raise ModelError(
+            f"{archive.config.model} holds model {archive.model_digest[:10]}, but run {parent.run} was opened with "
+            f"{parent.model_digest[:10]}: put that model back, or say with --model where it is now"
+        )
+    _refuse_other_roots(archive, parent)
     failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
     return planning.plan_again(
@@ -205,6 +220,18 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
         sources=[storage.plain(source) for source in parent.sources],
         size=archive.shard_size,
     )
+
+
+def _refuse_other_roots(archive: Archive, record: RunRecord) -> None:
+    """ConfigError where the keys of a run begin elsewhere than those of the call: its images would all seem gone.
+
+    An input that was one object, which has its keys from its folder, is taken for a folder once it is not there.
+    """
+    for uri, before, now in zip(archive.inputs, record.sources, archive.source_uris, strict=True):
+        if storage.plain(before) != now:
+            raise ConfigError(
+                f"{uri} is not what it was when run {record.run} was opened, whose keys begin at {before}: put it back"
+            )
 
 
 def _open(archive: Archive, run: str, plan: planning.Plan) -> RunRecord | None:
@@ -259,6 +286,11 @@ def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
         return []
     every = manifest.shards(archive.run_uri(record.run, record.manifest), record.manifest_sha256)
     return sorted((shard for shard in every if shard.number not in committed), key=lambda shard: -shard.size_bytes)
+
+
+def is_being_given_up(run_uri: str, record: RunRecord, state: State) -> bool:
+    """Whether a run is abandoned, but not yet in all its shards: workers of it may commit those that are left."""
+    return state == "abandoned" and bool(pending_shards(Archive.of(run_uri, record), record))
 
 
 def _abandon(archive: Archive, record: RunRecord, by: str) -> None:

@@ -98,6 +98,11 @@ def parts_uri(output: str, digest: str, run: str) -> str:
     return storage.join(output, "table", model_folder(digest), f"run={run}")
 
 
+def pngs_uri(output: str, digest: str, run: str) -> str:
+    """Folder of a run's PNGs."""
+    return storage.join(output, "png", model_folder(digest), f"run={run}")
+
+
 def part_name(shard: int) -> str:
     """File name of a shard's part."""
     return f"part-{shard:05d}.parquet"
@@ -111,7 +116,17 @@ def png_uri(
     In a run of several sources, which may share keys, each has a folder of its own: `source` is its number.
     """
     folder = [] if source is None else [f"source-{source}"]
-    return storage.join(output, "png", model_folder(digest), f"run={run}", *folder, png_key(key, window))
+    return storage.join(pngs_uri(output, digest, run), *folder, png_key(key, window))
+
+
+def split_mask_uri(mask_uri: str, digest: str) -> tuple[str, str]:
+    """(run, path below that run's folder of PNGs) of the PNG that a row of a model names.
+
+    By what follows the model's folder: a row names the output as it was called then, and outputs are moved, copied and
+    mounted elsewhere.
+    """
+    run, _, path = mask_uri.rpartition(f"/{model_folder(digest)}/run=")[2].partition("/")
+    return run, path
 
 
 def probability_uri(mask_uri: str) -> str:

@@ -53,6 +53,7 @@ def test_images_come_out_as_without_the_guard(archive: Path) -> None:
         (hostile.SLEEP, "timeout", "longer than 5 s"),
         (hostile.EAT, "too_large", "more than 256 MiB|memory"),
         (hostile.LIE, "crash", "nonsense"),
+        (hostile.BABBLE, "crash", "nonsense"),
         (b"", "decode", "empty"),
     ],
 )

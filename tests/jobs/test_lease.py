@@ -1,6 +1,7 @@
 """One driver works, others follow it; a dead one is succeeded. None of it decides what is in the table."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -157,6 +158,24 @@ def test_three_drivers_at_once_make_one_run(segment, tmp_path: Path, lease_s: fl
     assert {(result.num_listed, result.exit_code) for result in results} == {(12, 0)}
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["r00001"]
     assert len(list_parts(str(tmp_path / "out"), results[0].model_digest)) == 6
+
+
+def test_who_lost_the_lease_ends_as_the_driver_that_went_on(
+    segment, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Path(shutil.copytree(archive, tmp_path / "images"))
+    (images / "a.png").write_bytes(b"damaged")
+    execute = predict._Call._execute
+
+    def lose(call, archive, opening, predictor, _):  # type: ignore[no-untyped-def]
+        """The other driver does it all."""
+        assert execute(call, archive, opening, predictor, None)
+        predict.seal(archive, opening.record, 1.0)
+        return False
+
+    monkeypatch.setattr(predict._Call, "_execute", lose)
+    result = segment(input=str(images))
+    assert (result.runs, result.failures, result.exit_code) == (("r00001",), {"decode": 1}, 3)
 
 
 def test_with_a_lease_the_second_driver_does_no_work(segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -397,6 +397,18 @@ def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path,
     assert [row["key"] for row in _rows(result) if row["run"] == "r00002"] == ["new.png"]
 
 
+def test_an_unfinished_run_waits_for_an_input_that_vanished(segment, images: Path, tmp_path: Path) -> None:
+    named = images / "chosen.csv"
+    named.write_text("uri\na.png\n")
+    _open_a_run(segment, tmp_path, input=str(named))
+    named.unlink()
+    with pytest.raises(ConfigError, match=r"chosen\.csv is not what it was when run r00001 was opened.*put it back"):
+        segment(input=str(named))
+    assert not (tmp_path / "out" / "table").exists()
+    named.write_text("uri\na.png\n")
+    assert segment(input=str(named)).num_predicted == 1
+
+
 def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
     segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +428,18 @@ def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
     task, shards = _task(opening, tmp_path)
     with Worker(task) as worker, pytest.raises(AbandonedError, match=r"r00001 was abandoned .*r00002"):
         worker(shards[0])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"max_members": 9}, {"max_member_mb": 9}, {"max_ratio": 9.0}, {"max_pixels": 9}, {"pages": "refuse"}]
+)
+def test_what_is_read_of_the_inputs_is_among_the_settings_of_a_run(changed: dict[str, Any]) -> None:
+    where = {"model": "model", "input": "images", "output": "out"}
+    one, other = (
+        Archive(resolve(["images"], "out"), "out", "0" * 64, PredictConfig.model_validate(where | how)).fingerprint
+        for how in ({}, changed)
+    )
+    assert one != other
 
 
 def test_a_worker_of_an_abandoned_run_cannot_commit(segment, tmp_path: Path) -> None:

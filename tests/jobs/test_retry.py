@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from jobs import explain, predict, retry, status
-from jobs.contract import ExplainConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
+from jobs import explain, forget, predict, retry, status
+from jobs.contract import ExplainConfig, ForgetConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
 from jobs.table import read_masks
-from unetpp.errors import ConfigError
+from unetpp.checkpoint import save_pretrained
+from unetpp.config import ModelConfig
+from unetpp.errors import ConfigError, ModelError
+from unetpp.model import UNetPlusPlus
 
 
 @pytest.fixture
@@ -60,6 +63,39 @@ def test_only_the_named_causes_are_tried_again(again) -> None:
     assert again(only=("decode",)).num_predicted == 2
     with pytest.raises(ValueError, match="no error code nonsense"):
         RetryConfig(run="r", only=("nonsense",))
+
+
+def test_a_forgotten_image_does_not_come_back(again, tmp_path: Path) -> None:
+    for key in ("a.png", "b.PNG"):
+        forget.run(ForgetConfig(output=str(tmp_path / "out"), key=key))
+    result = again()
+    assert result.num_listed == 1
+    rows = read_masks(str(tmp_path / "out"), result.model_digest, ["key", "error_code"]).to_pylist()
+    assert {row["key"] for row in rows if row["error_code"] == "forgotten"} == {"a.png", "b.PNG"}
+    with pytest.raises(ValueError, match="what is forgotten stays so"):
+        RetryConfig(run="r", only=("forgotten",))
+
+
+def test_a_retry_works_where_the_run_is_now(again, run_uri: str, tmp_path: Path) -> None:
+    shutil.copytree(run_uri, tmp_path / "kept" / "runs" / "first")
+    with pytest.raises(ConfigError, match="there is no run r00001 in"):
+        again(run=str(tmp_path / "kept" / "runs" / "first"))
+    moved = Path(shutil.move(tmp_path / "out", tmp_path / "moved"))
+    result = again(run=str(moved / "runs" / "r00001"))
+    assert (result.num_predicted, result.table_uri) == (2, str(moved / "table"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_model_at_its_place_is_refused(again, tmp_path: Path) -> None:
+    save_pretrained(UNetPlusPlus(ModelConfig(level=1, filters=(2, 4))), tmp_path / "retrained")
+    with pytest.raises(ModelError, match="put that model back"):
+        again(model=str(tmp_path / "retrained"))
+
+
+def test_a_run_of_the_split_topology_is_retried_inline(again, run_uri: str) -> None:
+    record = Path(run_uri, "run.json")
+    record.write_text(record.read_text().replace('"topology": "fused"', '"topology": "split"'))
+    assert again().num_predicted == 2
 
 
 def test_status_counts_what_is_committed(run_uri: str, again) -> None:

@@ -157,6 +157,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "real" / "loop").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     os.mkfifo(tmp_path / "pipe")
     keys = {found.key for found in storage.list_objects(tmp_path)}
     assert {"real/a.png", "linked/a.png"} <= keys

@@ -14,11 +14,12 @@ import pytest
 from jobs import explain, forget, gc, indexes, predict, rebuild, storage
 from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
 from jobs.members import Member
+from jobs.run_records import State, list_runs
 from jobs.runs import Archive, open_run
 from jobs.sink import png_key
 from jobs.sources import Source
 from jobs.table import newest_view, read_masks
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, StorageError
 
 
 @pytest.fixture
@@ -126,6 +127,18 @@ def test_an_open_run_is_left_alone(segment, output: str, archive: Path, tiny_mod
     storage.write_bytes(storage.join(output, f"png/model=m{digest[:10]}/run=r00001/{png_key('a.png')}"), b"x")
     storage.write_bytes(storage.join(output, "runs/r00001/hints/shard-00000.1"), b"x")
     assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+    storage.write_bytes(storage.join(output, "runs/r00001/_ABANDONED.json"), b"{}")  # not yet in any of its shards
+    assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+
+
+def test_a_run_that_is_opened_meanwhile_is_left_alone(segment, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment()
+    before = _contents(output)
+    first: dict[str, State] = {}
+    answers = iter([first])
+    monkeypatch.setattr(gc, "list_runs", lambda where: next(answers, list_runs(where)))
+    assert gc.run(GcConfig(output=output, older_than_hours=0, delete=True)).objects == {}
+    assert _contents(output) == before
 
 
 def test_an_index_goes_with_its_archive(segment, output: str, archive: Path, place: str) -> None:
@@ -181,9 +194,41 @@ def test_a_forgotten_image_has_no_mask_anywhere_and_is_not_done_again(segment, o
     result = PredictResult.model_validate(storage.read_json(storage.join(output, "runs/r00002/result.json")))
     assert (result.num_listed, result.num_predicted, result.failures) == (12, 11, {"forgotten": 1})
     assert segment().status == "unchanged"
+    more = segment(write=("parquet", "png", "probability"))
+    assert (more.num_listed, more.num_predicted, more.num_unchanged) == (12, 11, 1)
     assert explain.run(ExplainConfig(run=storage.join(output, "runs", "r00002"), key="a.png")).rows[0].outcome == (
         "forgotten"
     )
+
+
+def test_an_image_is_forgotten_in_an_output_that_was_moved(segment, output: str, place: str) -> None:
+    segment()
+    moved = storage.join(place, "moved")
+    for key in _contents(output):
+        storage.write_bytes(storage.join(moved, key), storage.read_bytes(storage.join(output, key)))
+    forget.run(ForgetConfig(output=moved, key="a.png"))
+    pngs = {key for key in _contents(output) if key.startswith("png/")}
+    assert pngs - _contents(moved).keys() == {key for key in pngs if key.endswith("/a.png.png")} != set()
+
+
+def test_a_forget_that_is_cut_off_leaves_nothing_that_is_never_found_again(
+    segment, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment(level=1)
+    segment()
+
+    def out_of_order(*_: object) -> None:
+        raise StorageError("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", out_of_order)
+        with pytest.raises(StorageError):
+            forget.run(ForgetConfig(output=output, key="a.png"))
+    assert sum(key.endswith("/a.png.png") for key in _contents(output)) == 1  # the other run's, whose part names it yet
+    monkeypatch.setattr(forget, "write_up", out_of_order)  # as where the images are out of reach
+    with pytest.raises(StorageError):
+        forget.run(ForgetConfig(output=output, key="a.png"))
+    assert not [key for key in _contents(output) if key.endswith(("/a.png.png", "report.html"))]
 
 
 def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
