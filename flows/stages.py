@@ -122,8 +122,8 @@ def gate_stage(
     config: TrainFlowConfig, labelled: str, measured: EvaluateResult, pruned: PruneResult, until: float
 ) -> GateResult:
     """Make the pruned model the current one, unless it is worse than that on the same validation split."""
-    models = storage.canonical(config.models)
-    key = fingerprint({"digest": pruned.digest, "labelled": labelled, "margin": config.gate_margin, "models": models})
+    compared: dict[str, object] = {"digest": pruned.digest, "labelled": labelled, "margin": config.gate_margin}
+    key = fingerprint(compared | {"models": storage.canonical(config.models)})
     record_uri = storage.join(config.work, "results", f"gate-{key[:10]}.json")
     decided = _read(record_uri, GateResult)
     if decided is not None and registry.current(config.models)[1] is not None:
