@@ -7,10 +7,8 @@ import re
 
 from jobs import storage
 from jobs.models import fetch_model
-from unetpp import weights
-from unetpp.card import read_pretrained
 from unetpp.config import Frozen, Level
-from unetpp.errors import ConfigError, ModelError, StorageError
+from unetpp.errors import ConfigError, StorageError
 
 _CURRENT = re.compile(r"current-(\d{5})\.json")
 
@@ -46,16 +44,8 @@ def current(models: str) -> tuple[int, CurrentModel | None]:
 
 
 def promote(models: str, number: int, model: CurrentModel, source_uri: str) -> bool:
-    """Copy a model to `<models>/<digest>/` and make it number `number`; False if that number is taken.
-
-    ModelError where the weights are others than those that `model` was measured with: nothing is copied then.
-    """
-    folder = fetch_model(source_uri)
-    architecture = read_pretrained(folder).model
-    found = weights.digest(architecture, weights.read_weights(folder, architecture))
-    if found != model.digest:
-        raise ModelError(f"{source_uri} holds model {found[:10]}, not {model.digest[:10]}, which was measured")
-    storage.upload_folder(folder, model_uri(models, model.digest), last="config.json")
+    """Copy a model to `<models>/<digest>/` and make it number `number`; False if that number is taken."""
+    storage.upload_folder(fetch_model(source_uri), model_uri(models, model.digest), last="config.json")
     content = model.model_dump_json(indent=2).encode()
     return storage.put_if_absent(storage.join(models, _name(number)), content)
 
