@@ -43,3 +43,12 @@ def fetch_model(uri: str) -> Path:
             f"there is no model at {uri}: wanted a folder with config.json and model.safetensors, "
             "as train and prune write it"
         ) from None
+
+
+def refuse_another(uri: str, digest: str, run: str, opened_with: str, otherwise: str) -> None:
+    """ModelError where the model at `uri` is not the one that a run was opened with; it says what else to do."""
+    if digest != opened_with:
+        raise ModelError(
+            f"{uri} holds model {digest[:10]}, but run {run} was opened with {opened_with[:10]}: put that model back, "
+            f"or {otherwise}"
+        )

@@ -115,6 +115,8 @@ class _Call:
         Masks of another precision are another model's: a night on another machine would make all of them anew.
         """
         engines = backends.auto_engines_of(self._config)
+        if not table.has_masks(output_uri):
+            return engines[0]
         here: dict[Precision, EngineName] = {PRECISION[engine]: engine for engine in engines}
         elsewhere = [precision for precision in AUTO_PRECISIONS if precision not in here]
         model = fetch_model(models.canonical(self._config.model))

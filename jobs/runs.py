@@ -17,7 +17,7 @@ from jobs.planning import LARGEST, ShardSize
 from jobs.run_records import ABANDONED, INDEXES, RunRecord, State, list_runs, next_run, output_of, read_record
 from jobs.sources import Listing, Source
 from unetpp.config import Bands
-from unetpp.errors import ConfigError, ModelError, StorageError
+from unetpp.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -206,11 +206,9 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
     parent = next((record for record in records if record.run == archive.parent), None)
     if parent is None:
         raise ConfigError(f"there is no run {archive.parent} in {archive.output_uri}; wanted <output>/runs/<run id>")
-    if parent.model_digest != archive.model_digest:
-        raise ModelError(
-            f"{archive.config.model} holds model {archive.model_digest[:10]}, but run {parent.run} was opened with "
-            f"{parent.model_digest[:10]}: put that model back, or say with --model where it is now"
-        )
+    models.refuse_another(
+        archive.config.model, archive.model_digest, parent.run, parent.model_digest, "say with --model where it is now"
+    )
     _refuse_other_roots(archive, parent)
     failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)

@@ -45,9 +45,9 @@ def list_parts(output: str, digest: str | None, run: str | None = None) -> list[
     return sorted(parts, key=lambda part: (part.run, part.shard))
 
 
-def has_masks(output: str, digest: str) -> bool:
-    """Whether anything of a model is in the output."""
-    folder = storage.join(output, "table", sink.model_folder(digest))
+def has_masks(output: str, digest: str | None = None) -> bool:
+    """Whether anything of a model is in the output; None: of any model."""
+    folder = storage.join(output, "table", *([] if digest is None else [sink.model_folder(digest)]))
     return next(storage.list_objects(folder, missing_ok=True), None) is not None
 
 

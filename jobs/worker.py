@@ -20,17 +20,16 @@ from typing import Self
 
 import pyarrow.parquet as pq
 
-from jobs import hints, sink, storage
+from jobs import hints, models, sink, storage
 from jobs.ahead import Ahead
 from jobs.contract import WALL_FACTOR, ExitCode
 from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
 from jobs.manifest import Shard
-from jobs.models import fetch_model
 from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
 from unetpp.allocator import return_large_arrays
-from unetpp.errors import ModelError, UnetppError
+from unetpp.errors import UnetppError
 from unetpp.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -56,12 +55,11 @@ class Worker:
     @cached_property
     def predictor(self) -> Predictor:
         """The task's model. ModelError where the folder holds another one by now."""
-        predictor = load_predictor(self.task.model_uri, self.task.config, self.task.threads)
-        if predictor.digest != self.task.model_digest:
-            raise ModelError(
-                f"{self.task.model_uri} holds model {predictor.digest[:10]}, but run {self.task.run} was opened with "
-                f"{self.task.model_digest[:10]}: put that model back, or start again to open a new run"
-            )
+        task = self.task
+        predictor = load_predictor(task.model_uri, task.config, task.threads)
+        models.refuse_another(
+            task.model_uri, predictor.digest, task.run, task.model_digest, "start again to open a new run"
+        )
         return predictor
 
     @cached_property
@@ -147,7 +145,7 @@ class Worker:
             return
         config = self.task.config
         logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
-        model_dir = fetch_model(self.task.model_uri)
+        model_dir = models.fetch_model(self.task.model_uri)
         seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
         with GuardedPredictor(
             model_dir,

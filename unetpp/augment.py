@@ -272,10 +272,9 @@ def _jitter_stains(image_CHW: Image, size: float, rng: np.random.Generator) -> N
         return
     density_CS = (STAINS_SC / np.linalg.norm(STAINS_SC, axis=1, keepdims=True)).T
     mix_CC = density_CS @ np.diag(1 + gain_S) @ np.linalg.inv(density_CS)
-    log_CN = np.log10(np.maximum(image_CHW, np.float32(DARKEST))).reshape(3, -1)  # minus the optical density
-    log_CN = mix_CC.astype(np.float32) @ log_CN - (density_CS @ offset_S).astype(np.float32)[:, None]
-    np.power(np.float32(10), log_CN.reshape(image_CHW.shape), out=image_CHW)
-    np.minimum(image_CHW, np.float32(1), out=image_CHW)
+    density_CN = -np.log10(np.maximum(image_CHW, np.float32(DARKEST))).reshape(3, -1)
+    density_CN = mix_CC.astype(np.float32) @ density_CN + (density_CS @ offset_S).astype(np.float32)[:, None]
+    np.minimum(_transmitted(density_CN.reshape(image_CHW.shape)), np.float32(1), out=image_CHW)
 
 
 def _counterstain(image_CHW: Image, size: float, rng: np.random.Generator) -> None:
@@ -294,7 +293,12 @@ def _counterstain(image_CHW: Image, size: float, rng: np.random.Generator) -> No
     field_HW = spline_PK @ noise_KK @ spline_PK.T
     field_HW = (field_HW - field_HW.mean()) / max(float(field_HW.std()), 1e-6)
     pattern_HW = special.expit(np.float32(sharpness) * (field_HW - np.float32(level)))
-    image_CHW *= np.power(np.float32(10), -density_C[:, None, None] * pattern_HW)
+    image_CHW *= _transmitted(density_C[:, None, None] * pattern_HW)
+
+
+def _transmitted(density: Image) -> Image:
+    """The share of the light that an optical density lets through, by Beer and Lambert."""
+    return np.power(np.float32(10), -density)
 
 
 def _is_grey(image_CHW: Image) -> bool:
