@@ -359,6 +359,14 @@ def test_a_manifest_may_name_images_anywhere_and_archives(place: str, images, tm
     assert contents[:-2] + contents[-1:] == wanted
 
 
+def test_a_manifest_that_names_a_link_to_itself_has_a_row_more(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(images["00.png"])
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    (tmp_path / "l.csv").write_text("uri\na.png\ncircle.png\n")
+    result = segment(f"{tmp_path}/out", f"{tmp_path}/l.csv")
+    assert (result.num_predicted, result.failures) == (1, {"gone": 1})
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
