@@ -33,12 +33,12 @@ def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
     for night in nights:
         plain = config.model_dump(include=set(ArchiveFlowConfig.model_fields)) | {"night": night}
         one, name = ArchiveFlowConfig.model_validate(plain), f"{night:%Y%m%d}"
-        if not config.again and (done := stages.is_night_done(one, name)) is not None:
-            results[name], rows[f"{night}"] = done, _row(f"{night}", "done before", done)
-            continue
-        rows[f"{night}"] = _row(f"{night}", "working")
-        publish.publish_nights(list(rows.values()))
         try:
+            if not config.again and (done := stages.is_night_done(one, name)) is not None:
+                results[name], rows[f"{night}"] = done, _row(f"{night}", "done before", done)
+                continue
+            rows[f"{night}"] = _row(f"{night}", "working")
+            publish.publish_nights(list(rows.values()))
             results[name] = segment(one, name, stages.deadline(config))
             rows[f"{night}"] = _row(f"{night}", results[name].status, results[name])
         except UnetppError as error:

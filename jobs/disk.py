@@ -25,6 +25,9 @@ _ADVICE = {
     errno.ESTALE: "the network file system went away: mount it again",
 }
 
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a path at which there is nothing: also of a link that leads to itself."""
+
 _syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # of Linux
 
 
@@ -36,10 +39,9 @@ def list_objects(root: str) -> Iterator[tuple[str, str, int]]:
     ConfigError where `root` is no folder.
     """
     with _translated(root):
-        try:
-            kind = os.stat(root)
-        except FileNotFoundError:
-            raise ConfigError(f"there is no folder {root}: check the path") from None
+        kind = _stat(root)
+        if kind is None:
+            raise ConfigError(f"there is no folder {root}: check the path")
         if not stat.S_ISDIR(kind.st_mode):
             raise ConfigError(f"{root} is a file; wanted a folder")
         yield from _walk(root, "", frozenset({(kind.st_dev, kind.st_ino)}))
@@ -57,7 +59,7 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
         try:
             found = entry.stat()
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ELOOP):
+            if error.errno not in _NOWHERE:
                 raise
             continue  # a link to nowhere or to itself, or deleted while we list
         # Names that are no UTF-8 get a printable key; the read then says `gone` in the image's row.
@@ -71,11 +73,18 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
 def find(path: str) -> tuple[str, int] | None:
     """(etag, size in bytes) of a regular file; None where there is none."""
     with _translated(path):
-        try:
-            found = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-    return (_etag(found), found.st_size) if stat.S_ISREG(found.st_mode) else None
+        found = _stat(path)
+    return (_etag(found), found.st_size) if found is not None and stat.S_ISREG(found.st_mode) else None
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """What is at a path, links followed; None where it leads nowhere."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return None
 
 
 def read(path: str, etag: str | None) -> bytes:
@@ -96,7 +105,9 @@ def _read(path: str, etag: str | None, start: int, stop: int | None) -> bytes:
                 file.seek(start)
                 content = file.read(-1 if stop is None else stop - start)
                 after = os.fstat(file.fileno())
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NOWHERE:
+                raise
             if etag is None:
                 raise FileNotFoundError(f"there is no file {path}") from None
             raise ImageError("gone", f"{path} was deleted after it was listed") from None

@@ -82,11 +82,14 @@ def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
 
     def read(spans: Sequence[Span]) -> list[bytes]:
         contents: list[bytes] = []
-        for first in range(0, len(spans), BATCH_SPANS):
-            wanted = spans[first : first + BATCH_SPANS]
-            connection.send_bytes(json.dumps({"read": wanted}).encode())
-            contents += [connection.recv_bytes() for _ in wanted]
-        signal.setitimer(signal.ITIMER_REAL, seconds * ORPHAN_FACTOR)  # the wait was the store's
+        left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # the wait is the store's; a parent that is gone ends it
+        try:
+            for first in range(0, len(spans), BATCH_SPANS):
+                wanted = spans[first : first + BATCH_SPANS]
+                connection.send_bytes(json.dumps({"read": wanted}).encode())
+                contents += [connection.recv_bytes() for _ in wanted]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, left_s)
         return contents
 
     do = decoding(read, **work) if kind == "decode" else predicting(**work)

@@ -43,24 +43,27 @@ def resolve(inputs: Iterable[str], output_uri: str) -> tuple[Source, ...]:
     """What the inputs are. ConfigError where they overlap, or the output lies in one."""
     sources = tuple(_source(storage.canonical(uri)) for uri in inputs)
     for source in sources:
-        inside = f"{storage.plain(output_uri)}/".startswith(f"{storage.plain(source.root)}/")
-        if source.name is None and inside:
+        if source.name is None and _is_within(output_uri, source.root):
             raise ConfigError(
                 f"the output {output_uri} lies inside the input {source.uri}: masks would be listed as images; "
                 "choose an output beside it"
             )
         for other in sources:
-            below = f"{storage.plain(other.uri)}/".startswith(f"{storage.plain(source.uri)}/")
-            if other is not source and below:
+            if other is not source and _is_within(other.uri, source.uri):
                 raise ConfigError(f"the input {other.uri} is part of the input {source.uri}: give one of them")
     return sources
 
 
 def _source(uri: str) -> Source:
-    folder, _, name = uri.rpartition("/")
-    if "." in name and folder and not folder.endswith(":/") and storage.find(uri) is not None:
-        return Source(folder, name)
+    folder, slash, name = uri.rpartition("/")
+    if "." in name and not folder.endswith(":/") and storage.find(uri) is not None:
+        return Source(folder or slash, name)
     return Source(uri)
+
+
+def _is_within(uri: str, folder: str) -> bool:
+    """Whether a place is that folder, or below it."""
+    return f"{storage.plain(uri)}/".startswith(storage.join(storage.plain(folder), ""))
 
 
 def limits_of(config: PredictOptions) -> Limits:
@@ -227,4 +230,4 @@ def _key(source: Source, uri: object) -> str:
             raise ConfigError(f"{source.uri} names {uri!r}, which leads out of its folder: write the whole path")
         return uri
     whole = uri if storage.is_remote(uri) else storage.canonical(uri)
-    return whole.removeprefix(source.root + "/")
+    return whole.removeprefix(storage.join(source.root, ""))

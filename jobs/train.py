@@ -21,6 +21,7 @@ import ray.train
 from ray.data import Dataset
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -39,13 +40,27 @@ from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import Pretrained, digest, from_pretrained, save_pretrained
-from unetpp.errors import ConfigError, StorageError, UnetppError
+from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
 
 MAX_MINUTES_WITHOUT_ROOM = 15
 """Ray Train waits a minute for its workers, then counts a failure and asks again."""
 MAX_WORKER_FAILURES = 3
+NEVER_RETRIED = (ConfigError, ModelError)
+
+
+class GiveUp(UserCallback):
+    """Ends a training at the first error of a worker that every worker would meet again.
+
+    Ray Train starts its workers anew after whatever they raise; what its controller meets itself it raises.
+    """
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller."""
+        for error in worker_exceptions.values():
+            if isinstance(error, NEVER_RETRIED):
+                raise error
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -167,6 +182,7 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_MINUTES_WITHOUT_ROOM
             ),
+            callbacks=[GiveUp()],
         ),
     )
     try:
@@ -178,6 +194,8 @@ def _fit(
             raise ours[0] from None
         raise
     except ControllerError as error:
+        if isinstance(error.controller_failure, NEVER_RETRIED):
+            raise error.controller_failure from None
         raise UnetppError(
             f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {fewest} with "
             f"{trainer.scaling_config.resources_per_worker} each ({error}); make room for them in the cluster, or ask "

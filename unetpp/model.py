@@ -136,7 +136,7 @@ def _recomputed(node: nn.Module, inputs: Tensor) -> Tensor:
 @contextmanager
 def _statistics_left(node: nn.Module) -> Iterator[None]:
     """A second computation of the same batch must not count in BatchNorm's running statistics."""
-    norms = [layer for layer in node.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [layer for layer in node.modules() if isinstance(layer, nn.BatchNorm2d) and layer.training]  # not frozen
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -180,6 +180,21 @@ def test_inputs_that_overlap_are_refused(tmp_path: Path) -> None:
         sources.resolve([f"{tmp_path}/a"], f"{tmp_path}/a/out")
 
 
+def test_an_input_may_lie_directly_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"/x.tar": tar_of({"a.png": b"a"}), "/l.csv": b"uri\nb.png\n/c.png\n", "/b.png": b"b", "/c.png": b"c"}
+    objects = {uri: storage.StoredObject(uri[1:], "1-1", len(content)) for uri, content in there.items()}
+    monkeypatch.setattr(storage, "find", objects.get)
+    monkeypatch.setattr(storage, "open_stream", lambda uri, *version: io.BytesIO(there[uri]))
+    config = PredictConfig(model="m", input=("/x.tar", "/l.csv"), output="o")
+    found = sources.resolve(config.input, f"{tmp_path}/out")
+    assert found == (Source("/", "x.tar"), Source("/", "l.csv"))
+    assert [one.key for one in Listing(found, config, f"{tmp_path}/indexes")] == ["x.tar#a.png", "b.png", "c.png"]
+    with pytest.raises(ConfigError, match="is part of the input"):
+        sources.resolve(["/", "/x.tar"], "s3://bucket/out")
+    with pytest.raises(ConfigError, match="lies inside the input"):
+        sources.resolve(["/"], f"{tmp_path}/out")
+
+
 # ------------------------------------------------------------------------------------------------ listing
 
 
@@ -342,6 +357,14 @@ def test_a_manifest_may_name_images_anywhere_and_archives(place: str, images, tm
     assert contents[-2].code == "gone"
     wanted = [images["00.png"], images["z.png"], *images.values(), images["01.png"]]
     assert contents[:-2] + contents[-1:] == wanted
+
+
+def test_a_manifest_that_names_a_link_to_itself_has_a_row_more(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(images["00.png"])
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    (tmp_path / "l.csv").write_text("uri\na.png\ncircle.png\n")
+    result = segment(f"{tmp_path}/out", f"{tmp_path}/l.csv")
+    assert (result.num_predicted, result.failures) == (1, {"gone": 1})
 
 
 @pytest.mark.parametrize(

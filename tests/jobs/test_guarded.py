@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +13,12 @@ import pytest
 
 from jobs import guarded
 from jobs.guarded import DecodePool, GuardedPredictor, Limits
+from jobs.ranged import Ranged
 from tests.faults import hostile_decoder as hostile
 from unetpp.errors import ImageError
 from unetpp.images import decode_image
 from unetpp.predictor import Predictor
+from unetpp.spans import Span
 
 LIMITS = Limits(seconds=1.0, memory_bytes=256 << 20)
 
@@ -110,6 +112,19 @@ def test_children_end_with_the_pool_and_with_the_parent(archive: Path, tmp_path:
         pool.decode((archive / "a.png").read_bytes())
         assert _children()
     assert not _children()
+
+
+def test_a_slow_store_is_not_taken_for_an_image_that_hangs(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "WALL_FACTOR", 100)  # it may start slowly
+    content = (archive / "a.png").read_bytes()
+
+    def read(spans: Sequence[Span]) -> list[bytes]:
+        time.sleep(4)
+        return [content[start:stop] for start, stop in spans]
+
+    with DecodePool(1, max_pixels=10**6, limits=Limits(seconds=0.3)) as pool:
+        measure = pool.measure(Ranged("a.png", len(content), read))
+    assert (measure.height, measure.width) == decode_image(content).shape[:2]
 
 
 def test_many_threads_share_few_children(archive: Path) -> None:

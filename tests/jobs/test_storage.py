@@ -157,11 +157,24 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "real" / "loop").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "below a file").symlink_to(tmp_path / "real" / "a.png" / "b.png")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     os.mkfifo(tmp_path / "pipe")
     keys = {found.key for found in storage.list_objects(tmp_path)}
     assert {"real/a.png", "linked/a.png"} <= keys
     assert all(key.endswith("a.png") for key in keys)
+
+
+@pytest.mark.parametrize("name", ["circle", "long" * 100])
+def test_at_a_link_to_itself_and_at_a_name_that_no_file_can_have_there_is_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    assert storage.find(tmp_path / name) is None
+    with pytest.raises(ConfigError, match=f"there is no folder .*{name}"):
+        list(storage.list_objects(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=f"there is no file .*{name}"):
+        storage.read_bytes(tmp_path / name)
+    with pytest.raises(ImageError, match="gone"):
+        storage.read_bytes(tmp_path / name, "some-etag")
 
 
 def test_a_name_that_is_no_utf8_is_listed_and_reads_as_gone(tmp_path: Path) -> None:

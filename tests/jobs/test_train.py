@@ -234,6 +234,8 @@ def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_p
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"10 steps in a row had no finite gradient, 4 times.*lower learning_rate"):
         run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, steps_per_epoch=20))
+    (log,) = tmp_path.glob("*/records/log.txt")
+    assert log.read_text().count("going back to the last checkpoint") == 3  # no worker was started anew
 
 
 def test_a_batch_seen_again_and_again_is_learnt_at_every_head(data_dir: Path) -> None:

@@ -130,17 +130,22 @@ def test_a_wrong_shape_names_the_wanted_one() -> None:
         model(torch.rand(2, 1, 16, 16))
 
 
-def test_computing_nodes_twice_changes_no_gradient_and_no_statistic() -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_computing_nodes_twice_changes_no_gradient_and_no_statistic(is_frozen: bool) -> None:
     x = torch.rand(2, 3, 32, 32)
     models = []
     for recompute in (False, True):
         torch.manual_seed(5)
         model = UNetPlusPlus(ModelConfig(level=3, filters=NARROW)).train()
         model.recompute = recompute
+        for layer in model.modules():
+            if is_frozen and isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eval()
         sum(head.square().mean() for head in model(x).values()).backward()
         models.append(model)
     kept, twice = models
     for name, tensor in kept.state_dict().items():
         assert torch.equal(tensor, twice.state_dict()[name]), name
+        assert not name.endswith("num_batches_tracked") or tensor == (not is_frozen), name
     for (name, one), (_, two) in zip(kept.named_parameters(), twice.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, msg=name)
