@@ -42,11 +42,15 @@ demo: $(STAMP) $(if $(DATA),,$(NIGHT)/data/splits.csv)
 demo/synthetic/data/splits.csv: | $(STAMP)
 	@$(BIN)/unetpp synth --out $(@D) --num 160 --seed 1
 
+# Two files of tests at a time: half of them wait, for servers, processes and disks.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest --ignore=tests/faults --ignore=tests/cluster $(ARGS)
+	@$(PYTEST) --ignore=tests/faults --ignore=tests/cluster $(ARGS)
 
 faults: $(STAMP)
-	@$(BIN)/python -m pytest tests/faults $(ARGS)
+	@$(PYTEST) tests/faults $(ARGS)
 
 nights: $(STAMP)
 	@$(BIN)/python -m pytest tests/cluster $(ARGS)

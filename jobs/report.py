@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from itertools import accumulate
@@ -111,6 +111,7 @@ def render(
     random = rng.choice(predicted, min(NUM_RANDOM, len(predicted)), replace=False)
     uncertainty = rows["uncertainty"].to_numpy(zero_copy_only=False)
     unsure = predicted[np.argsort(-uncertainty[predicted], kind="stable")][:NUM_UNSURE]
+    pictures = _pictures(archive, record, sorted({*random.tolist(), *unsure.tolist()}))
     level = rows["level"][0].as_py()
     first = min(footer.committed_at - footer.seconds for footer in footers)
     last = max(footer.committed_at for footer in footers)
@@ -129,8 +130,8 @@ def render(
         images_per_second=len(rows) / max(last - first, 1e-9),
         megapixels_per_second=result.megapixels / max(last - first, 1e-9),
         failures=_failures(rows),
-        samples=_overlays(archive, record, parts, footers, sorted(random.tolist())),
-        unsure=_overlays(archive, record, parts, footers, unsure.tolist()),
+        samples=_overlays(parts, footers, sorted(random.tolist()), pictures),
+        unsure=_overlays(parts, footers, unsure.tolist(), pictures),
         throughput=_throughput(footers, first, last),
         levels=_levels(archive, archive.config.output_name or f"L{level}"),
         plot_width=PLOT_WIDTH,
@@ -154,10 +155,9 @@ def _failures(rows: pa.Table) -> list[Failures]:
 
 
 def _overlays(
-    archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int]
+    parts: Sequence[Part], footers: Sequence[Footer], chosen: list[int], pictures: Mapping[int, Pillow.Image]
 ) -> list[Overlay]:
-    """Overlays of the rows numbered `chosen` over all parts; images that cannot be read any more are left out."""
-    pictures = _pictures(archive, record, sorted(chosen))
+    """Overlays of the rows numbered `chosen` over all parts, less those that there is no picture of."""
     ends = list(accumulate(footer.num_predicted + footer.num_failed for footer in footers))
     shown = []
     for number in filter(pictures.__contains__, chosen):

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +22,12 @@ from tests.seaweedfs import SeaweedFS
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # else `auto` is another engine, of other masks, on CPUs with AMX
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of several workers that wait for each other starve
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a test without credentials waits for a cloud that is not there
+
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -36,9 +42,11 @@ def shared_dir() -> Path:
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """pytest's own, which our loggers reach also after a test of the command line has given them their handler."""
+    """pytest's own, on our loggers: the command line cuts them off from the root, and Prefect clears that."""
     for name in OURS:
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
+        monkeypatch.setattr(logger, "propagate", False)
     return caplog
 
 
