@@ -126,7 +126,7 @@ def _nncf() -> Any:
         raise ConfigError(
             "nncf is not installed, which quantises; pip install 'unetpp[quantise]', or take engine openvino"
         ) from None
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its set_log_level sets the handlers of others as well
     return nncf
 
 
