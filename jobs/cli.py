@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from jobs import logs
 from jobs.command_line import add_command, new_app, run_app
 from jobs.contract import (
+    AbandonConfig,
     AssembleConfig,
     CompactConfig,
     EvaluateConfig,
@@ -44,6 +45,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "explain": ExplainConfig,
     "retry": RetryConfig,
     "rebuild": RebuildConfig,
+    "abandon": AbandonConfig,
     "compact": CompactConfig,
     "gc": GcConfig,
     "forget": ForgetConfig,

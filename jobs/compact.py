@@ -212,11 +212,16 @@ def _record(
 
 def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[str, State]) -> None:
     for run, record in records.items():
-        what = f"run {run} of {', '.join(record.sources)}"
+        what, run_uri = f"run {run} of {', '.join(record.sources)}", storage.join(output, "runs", run)
         if states[run] == "open":
-            raise ConfigError(f"{what} is not finished: finish it first, then compact")
-        if is_being_given_up(storage.join(output, "runs", run), record, states[run]):
-            raise ConfigError(f"{what} is being given up: let the predict command that does so end first")
+            raise ConfigError(
+                f"{what} is not finished: finish it, or end it with unetpp abandon {run_uri}, then compact"
+            )
+        if is_being_given_up(run_uri, record, states[run]):
+            raise ConfigError(
+                f"{what} is being given up: let the command that does so end first; was it killed, unetpp abandon "
+                f"{run_uri} does the rest"
+            )
 
 
 def _is_small(parts: Sequence[Part], part_bytes: int) -> bool:

@@ -673,6 +673,13 @@ class RebuildConfig(Frozen):
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 
+class AbandonConfig(Frozen):
+    """End an unfinished run that nothing is to finish: what it committed stays, what is left is a later run's."""
+
+    run: RunUri
+    result: str | None = Field(None, description="also write the run's status as JSON to this URI")
+
+
 OutputUri = Annotated[
     str, Field(description="the output of the runs: folder or s3:// prefix", json_schema_extra={"positional": True})
 ]

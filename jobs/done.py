@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs import table
+from jobs import forgotten, table
 from jobs.manifest import Identities, identity, whole_identity
 from jobs.table import GRID, PLACE
 from unetpp.errors import PERMANENT_IMAGE_ERRORS
@@ -177,7 +177,8 @@ def done_before(
     """Read what is done of an archive.
 
     An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
-    that a second try cannot change, or MAX_ATTEMPTS tries behind it. One that was forgotten is done whatever is wanted.
+    that a second try cannot change, or MAX_ATTEMPTS tries behind it. One that was forgotten is done whatever is wanted,
+    and whatever model had it.
 
     Args:
         output: where the table is.
@@ -187,8 +188,11 @@ def done_before(
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
     """
-    by_run = table.parts_by_run(table.list_parts(output, digest))
     done = Done()
+    removed = forgotten.identities(output)
+    done.add(removed, np.ones(len(removed), bool), np.zeros(len(removed), np.int16))
+    done.end_run()
+    by_run = table.parts_by_run(table.list_parts(output, digest))
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):

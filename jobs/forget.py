@@ -1,8 +1,8 @@
 """Remove every mask of an image from an output: `unetpp forget OUTPUT KEY`, as when a patient withdraws consent.
 
-The one place where a part is written over: its row stays, so that counts hold and the image is not predicted again,
-but says `forgotten` and holds no mask. A new version of the image is a new image. The image itself is for its owner to
-delete.
+The one place where a part is written over: its row stays, so that counts hold, but says `forgotten` and holds no mask.
+The output remembers it (`jobs.forgotten`), so that no model predicts the image again. A new version of the image is a
+new image. The image itself is for its owner to delete.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from jobs import manifest, sink, storage, table
+from jobs import forgotten, manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
 from jobs.run_records import State, list_runs, read_record
@@ -59,7 +59,10 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
         if not pc.any(pc.equal(listed["key"], key)).as_py():
             continue
         if runs[name] == "open":
-            raise ConfigError(f"run {name} is not finished and has {key!r} to do: finish it first, then forget")
+            raise ConfigError(
+                f"run {name} is not finished and has {key!r} to do: finish it, or end it with "
+                f"unetpp abandon {run_uri}, then forget"
+            )
         # The report may show the image, and cannot be made anew: the parts that it was made of may be gone.
         storage.delete(storage.join(run_uri, "report.html"))
     num_rows: dict[Part, int] = {}
@@ -77,7 +80,7 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
 
 
 def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
-    """Delete the PNGs of an image, then write its part anew without the masks; the number of its rows.
+    """Remember an image, delete its PNGs, then write its part anew without the masks; the number of its rows.
 
     In this order, since the rows alone tell which PNGs there are: a killed call is finished by the next.
     """
@@ -87,6 +90,7 @@ def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
     mine = [row for row in rows if row["key"] == config.key and config.source in (None, row["source_uri"])]
     if not mine:
         return 0
+    forgotten.remember(output, {(row["source_uri"], row["key"], row["etag"]) for row in mine})
     (footer,) = table.read_footers([part])
     for row in mine:
         if row["mask_uri"] is not None:

@@ -135,6 +135,12 @@ def take(archive: Archive, record: RunRecord, ttl_s: float) -> Lease | None:
     return Lease(uri_of, number + 1, ours)
 
 
+def holder(archive: Archive, record: RunRecord) -> Owner | None:
+    """Who works on a run; None where nobody does, or without a lease."""
+    number, newest = _newest(archive, record)
+    return None if newest is None or _is_over(archive, record, number, newest) else newest.owner
+
+
 def follow(archive: Archive, record: RunRecord) -> State:
     """Wait while somebody else works on the run; say how it stands then: `open` when that one is gone."""
     said = -1

@@ -147,7 +147,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
                 raise ConfigError(f"run {record.run} is not finished: finish it before {archive.parent} is retried")
-            _abandon(archive, record, by=run)
+            abandon(archive, record, by=run)
         plan = _plan(archive, records, waiting) if archive.parent is None else _plan_retry(archive, records, waiting)
         if not plan.num_shards:
             return Unchanged(plan.num_listed)
@@ -291,8 +291,8 @@ def is_being_given_up(run_uri: str, record: RunRecord, state: State) -> bool:
     return state == "abandoned" and bool(pending_shards(Archive.of(run_uri, record), record))
 
 
-def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
-    """Give up an unfinished run of other settings: what it committed stays, what is left becomes the next run's.
+def abandon(archive: Archive, record: RunRecord, by: str) -> None:
+    """Give up an unfinished run: what it committed stays, what is left becomes the next run's.
 
     The marker goes first, so that no call resumes the run any more; then an empty part takes the name of every shard
     that is not committed, so that no worker of it can. Whoever meets a marked run completes the empty parts.
@@ -300,11 +300,11 @@ def _abandon(archive: Archive, record: RunRecord, by: str) -> None:
     if not (pending := pending_shards(archive, record)):
         return
     logger.warning(
-        "run %s was started with other settings and never finished: abandoned, %d of its %d shards are left to %s",
+        "run %s was never finished: abandoned by %s, %d of its %d shards are left to a later run",
         record.run,
+        by,
         len(pending),
         record.num_shards,
-        by,
     )
     marker = {"run": record.run, "abandoned_by": by, "num_shards_left": len(pending)}
     uri = archive.run_uri(record.run, ABANDONED)

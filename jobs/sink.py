@@ -222,8 +222,8 @@ def refuse_abandoned(footer: Footer) -> None:
     """AbandonedError where the part says that its run was given up."""
     if footer.abandoned_by is not None:
         raise AbandonedError(
-            f"run {footer.run} was abandoned by a call with other settings ({footer.abandoned_by}), which does what "
-            "was left; this call stops here"
+            f"run {footer.run} was abandoned by {footer.abandoned_by}, and what was left of it is for a later run: "
+            "this call stops"
         )
 
 

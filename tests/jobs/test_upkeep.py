@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -10,12 +11,22 @@ from typing import Any
 
 import duckdb
 import pytest
+from PIL import Image
 
-from jobs import explain, forget, gc, indexes, predict, rebuild, storage
-from jobs.contract import ExplainConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult, RebuildConfig
+from jobs import abandon, compact, explain, forget, gc, indexes, lease, predict, rebuild, storage
+from jobs.contract import (
+    AbandonConfig,
+    CompactConfig,
+    ExplainConfig,
+    ForgetConfig,
+    GcConfig,
+    PredictConfig,
+    PredictResult,
+    RebuildConfig,
+)
 from jobs.members import Member
 from jobs.run_records import State, list_runs
-from jobs.runs import Archive, open_run
+from jobs.runs import Archive, Opening, open_run
 from jobs.sink import png_key
 from jobs.sources import Source
 from jobs.table import newest_view, read_masks
@@ -201,6 +212,23 @@ def test_a_forgotten_image_has_no_mask_anywhere_and_is_not_done_again(segment, o
     )
 
 
+def test_no_other_model_has_a_forgotten_image_but_any_has_its_new_version(
+    segment, output: str, archive: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(archive, images)
+    segment(input=str(images), level=1)
+    forget.run(ForgetConfig(output=output, key="a.png"))
+    whole = segment(input=str(images))
+    assert (whole.num_listed, whole.num_predicted, whole.num_unchanged) == (12, 11, 1)
+    assert "a.png" not in read_masks(output, whole.model_digest)["key"].to_pylist()
+    for how in ({"mode": "accurate"}, {"mode": "accurate", "window_px": 16}, {"on_new_model": "new_only"}):
+        other = segment(input=str(images), **how)
+        assert "a.png" not in read_masks(output, other.model_digest)["key"].to_pylist()
+    Image.new("RGB", (9, 9)).save(images / "a.png")
+    assert segment(input=str(images)).num_predicted == 1
+
+
 def test_an_image_is_forgotten_in_an_output_that_was_moved(segment, output: str, place: str) -> None:
     segment()
     moved = storage.join(place, "moved")
@@ -239,8 +267,45 @@ def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
         forget.run(ForgetConfig(output=output, key="nowhere.png"))
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
     open_run(Archive((Source(str(archive)),), output, digest, config))
-    with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do"):
+    with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do.*unetpp abandon .*r00001"):
         forget.run(ForgetConfig(output=output, key="a.png"))
+
+
+# ------------------------------------------------------------------------------------------------ abandon
+
+
+def test_a_run_that_nothing_finishes_is_ended_and_holds_nothing_up(
+    segment, output: str, archive: Path, tiny_model: Path
+) -> None:
+    digest = segment(output=output + "-elsewhere").model_digest
+    segment(level=1)
+    run_uri = storage.join(output, "runs", "r00002")
+    config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
+    opening = open_run(wanted := Archive((Source(str(archive)),), output, digest, config))
+    assert isinstance(opening, Opening)
+    held = lease.take(wanted, opening.record, 60.0)
+    assert held is not None
+    with held, pytest.raises(ConfigError, match=r"process \d+ on .* works on run r00002: stop it first"):
+        abandon.run(AbandonConfig(run=run_uri))
+    with pytest.raises(ConfigError, match=r"r00002 .*is not finished.*unetpp abandon .*r00002"):
+        compact.run(CompactConfig(output=output))
+    assert abandon.run(AbandonConfig(run=run_uri)).state == "abandoned"
+    before = _contents(output)
+    assert abandon.run(AbandonConfig(run=run_uri)).num_shards_done == 0
+    assert _contents(output) == before
+    assert forget.run(ForgetConfig(output=output, key="a.png")).num_rows == 1
+    assert compact.run(CompactConfig(output=output)).compactions
+    assert segment().num_predicted == 11
+
+
+def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, output: str) -> None:
+    segment()
+    run_uri = storage.join(output, "runs", "r00001")
+    with pytest.raises(ConfigError, match="r00001 is sealed: it is finished"):
+        abandon.run(AbandonConfig(run=run_uri))
+    storage.delete(storage.join(run_uri, "_SUCCESS.json"))
+    with pytest.raises(ConfigError, match="all of run r00001 is committed: finish it with unetpp rebuild"):
+        abandon.run(AbandonConfig(run=run_uri))
 
 
 # ------------------------------------------------------------------------------------------------ the newest mask
