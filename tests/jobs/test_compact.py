@@ -270,7 +270,7 @@ def test_two_compactions_at_once_both_end_well(output: str) -> None:
 
 def test_an_unfinished_run_is_in_the_way(output: str, segment) -> None:
     storage.delete(storage.join(output, "runs", "r00003", "_SUCCESS.json"))
-    with pytest.raises(ConfigError, match=r"run r00003 of .* is not finished: finish it first, then compact"):
+    with pytest.raises(ConfigError, match=r"r00003 of .* is not finished: finish it, or end it.*r00003, then compact"):
         squeeze(output)
     segment()
     assert squeeze(output).compactions
