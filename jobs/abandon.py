@@ -24,8 +24,11 @@ def run(config: AbandonConfig) -> StatusResult:
     if state == "open":
         if not runs.pending_shards(archive, record):
             raise ConfigError(f"all of run {record.run} is committed: finish it with unetpp rebuild {run_uri}")
-        if (owner := lease.holder(archive, record)) is not None:
-            raise ConfigError(f"{owner} works on run {record.run}: stop it first, or let it finish")
+        if (held := lease.live(archive, record)) is not None:
+            raise ConfigError(
+                f"{held.owner} works on run {record.run}: stop it first, or let it finish; if it is dead, its lease "
+                f"ends {held.ttl_s:.0f} s after its last sign of life"
+            )
     runs.abandon(archive, record, by="unetpp abandon")
     return status.run(StatusConfig(run=config.run))
 

@@ -135,10 +135,10 @@ def take(archive: Archive, record: RunRecord, ttl_s: float) -> Lease | None:
     return Lease(uri_of, number + 1, ours)
 
 
-def holder(archive: Archive, record: RunRecord) -> Owner | None:
-    """Who works on a run; None where nobody does, or without a lease."""
+def live(archive: Archive, record: RunRecord) -> LeaseRecord | None:
+    """The lease of who works on a run; None where nobody does, or without one."""
     number, newest = _newest(archive, record)
-    return None if newest is None or _is_over(archive, record, number, newest) else newest.owner
+    return None if newest is None or _is_over(archive, record, number, newest) else newest
 
 
 def follow(archive: Archive, record: RunRecord) -> State:

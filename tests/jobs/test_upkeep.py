@@ -13,10 +13,11 @@ import duckdb
 import pytest
 from PIL import Image
 
-from jobs import abandon, compact, explain, forget, gc, indexes, lease, predict, rebuild, storage
+from jobs import abandon, compact, explain, forget, gc, indexes, lease, predict, rebuild, sink, storage
 from jobs.contract import (
     AbandonConfig,
     CompactConfig,
+    ExitCode,
     ExplainConfig,
     ForgetConfig,
     GcConfig,
@@ -285,17 +286,43 @@ def test_a_run_that_nothing_finishes_is_ended_and_holds_nothing_up(
     assert isinstance(opening, Opening)
     held = lease.take(wanted, opening.record, 60.0)
     assert held is not None
-    with held, pytest.raises(ConfigError, match=r"process \d+ on .* works on run r00002: stop it first"):
+    with held, pytest.raises(ConfigError, match=r"process \d+ on .* works on run r00002: stop it .* 60 s after"):
         abandon.run(AbandonConfig(run=run_uri))
     with pytest.raises(ConfigError, match=r"r00002 .*is not finished.*unetpp abandon .*r00002"):
         compact.run(CompactConfig(output=output))
+    half = storage.join(output, f"png/model=m{digest[:10]}/run=r00002/{png_key('a.png')}")
+    storage.write_bytes(half, b"x")
+    assert "png" not in gc.run(GcConfig(output=output)).objects
     assert abandon.run(AbandonConfig(run=run_uri)).state == "abandoned"
     before = _contents(output)
     assert abandon.run(AbandonConfig(run=run_uri)).num_shards_done == 0
     assert _contents(output) == before
+    assert gc.run(GcConfig(output=output, delete=True)).objects["png"] == 1
+    assert not storage.exists(half)
     assert forget.run(ForgetConfig(output=output, key="a.png")).num_rows == 1
     assert compact.run(CompactConfig(output=output)).compactions
     assert segment().num_predicted == 11
+
+
+def test_what_an_abandoned_run_committed_stays_and_a_killed_abandon_is_finished(
+    segment, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.progress.Progress.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert segment().exit_code == ExitCode.INTERRUPTED  # after one shard
+    run_uri = storage.join(output, "runs", "r00001")
+    kept = read_masks(output).to_pylist()
+    assert 0 < len(kept) < 12
+    with monkeypatch.context() as patch:
+        patch.setattr(sink, "abandon", lambda *_, **__: (_ for _ in ()).throw(StorageError("out of order")))
+        with pytest.raises(StorageError):
+            abandon.run(AbandonConfig(run=run_uri))
+    with pytest.raises(ConfigError, match=r"r00001 .* is being given up.*unetpp abandon .*r00001"):
+        compact.run(CompactConfig(output=output))
+    assert abandon.run(AbandonConfig(run=run_uri)).num_shards_done == 1
+    assert read_masks(output).to_pylist() == kept
+    night = segment()
+    assert (night.runs, night.num_predicted, night.num_unchanged) == (("r00002",), 12 - len(kept), len(kept))
 
 
 def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, output: str) -> None:
@@ -306,6 +333,8 @@ def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, outpu
     storage.delete(storage.join(run_uri, "_SUCCESS.json"))
     with pytest.raises(ConfigError, match="all of run r00001 is committed: finish it with unetpp rebuild"):
         abandon.run(AbandonConfig(run=run_uri))
+    rebuild.run(RebuildConfig(run=run_uri))
+    assert list_runs(output) == {"r00001": "sealed"}
 
 
 # ------------------------------------------------------------------------------------------------ the newest mask
