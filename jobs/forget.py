@@ -1,13 +1,14 @@
 """Remove every mask of an image from an output: `unetpp forget OUTPUT KEY`, as when a patient withdraws consent.
 
 The one place where a part is written over: its row stays, so that counts hold, but says `forgotten` and holds no mask.
-The output remembers it (`jobs.forgotten`), so that no model predicts the image again. A new version of the image is a
-new image. The image itself is for its owner to delete.
+First of all the output remembers it (`jobs.forgotten`), so that no model predicts the image again, and a call that is
+killed at any moment is finished by the next. A new version of the image is a new image. The image itself is for its
+owner to delete.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from jobs import forgotten, manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
+from jobs.forgotten import Version
 from jobs.run_records import State, list_runs, read_record
 from jobs.runs import Archive
 from jobs.sink import Footer
@@ -49,7 +51,7 @@ def run(config: ForgetConfig) -> ForgetResult:
 
 def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]) -> dict[Part, int]:
     """Forget an image in these runs; the number of its rows by part."""
-    key = config.key
+    key, reports = config.key, []
     records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
     for name, record in records.items():
         run_uri = storage.join(output, "runs", name)
@@ -64,12 +66,15 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
                 f"unetpp abandon {run_uri}, then forget"
             )
         # The report may show the image, and cannot be made anew: the parts that it was made of may be gone.
-        storage.delete(storage.join(run_uri, "report.html"))
-    num_rows: dict[Part, int] = {}
-    for name, record in records.items():
-        for part in table.list_parts(output, record.model_digest, name):
-            if found := _forget_in(part, config, output):
-                num_rows[part] = found
+        reports.append(storage.join(run_uri, "report.html"))
+    found = _versions(
+        [part for name, record in records.items() for part in table.list_parts(output, record.model_digest, name)],
+        config,
+    )
+    forgotten.remember(output, set().union(*found.values()))
+    for report in reports:
+        storage.delete(report)
+    num_rows = {part: _forget_in(part, config, output) for part in found}
     sealed = [name for name in sorted({part.run for part in num_rows}) if runs[name] == "sealed"]
     for name in sealed:  # the report may show the image, and is not made anew where other images of it are gone
         storage.delete(storage.join(output, "runs", name, "report.html"))
@@ -79,18 +84,28 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
     return num_rows
 
 
+def _versions(parts: Sequence[Part], config: ForgetConfig) -> dict[Part, set[Version]]:
+    """The parts that have rows of an image, and the versions that those are of."""
+    found: dict[Part, set[Version]] = {}
+    for part, rows in table.scan_parts(parts, ["source_uri", "key", "etag"]):
+        mine = rows.filter(pc.equal(rows["key"], config.key)).to_pylist()
+        versions = {(row["source_uri"], row["key"], row["etag"]) for row in mine if _is_meant(row, config)}
+        if versions:
+            found[part] = versions
+    return found
+
+
+def _is_meant(row: Mapping[str, Any], config: ForgetConfig) -> bool:
+    return row["key"] == config.key and config.source in (None, row["source_uri"])
+
+
 def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
-    """Remember an image, delete its PNGs, then write its part anew without the masks; the number of its rows.
+    """Delete the PNGs of an image, then write its part anew without the masks; the number of its rows.
 
     In this order, since the rows alone tell which PNGs there are: a killed call is finished by the next.
     """
-    if not any(pc.any(pc.equal(batch["key"], config.key)).as_py() for batch in table.scan([part], ["key"])):
-        return 0
     rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
-    mine = [row for row in rows if row["key"] == config.key and config.source in (None, row["source_uri"])]
-    if not mine:
-        return 0
-    forgotten.remember(output, {(row["source_uri"], row["key"], row["etag"]) for row in mine})
+    mine = [row for row in rows if _is_meant(row, config)]
     (footer,) = table.read_footers([part])
     for row in mine:
         if row["mask_uri"] is not None:

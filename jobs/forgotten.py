@@ -14,17 +14,23 @@ from jobs import storage
 from jobs.manifest import Identities, identity
 
 FOLDER = "forgotten"
+Version = tuple[str, str, str]
+"""Of an image: source, key, etag."""
+
 _NAME = re.compile("[0-9a-f]{32}")
 
 
-def remember(output: str, versions: Iterable[tuple[str, str, str]]) -> None:
-    """Note image versions by source, key and etag."""
-    for source, key, etag in versions:
-        name = identity(source, key, etag, 0, 0, 1, 0).hex()
-        storage.put_if_absent(storage.join(output, FOLDER, name), b"", root=output)
+def remember(output: str, versions: Iterable[Version]) -> None:
+    """Note image versions."""
+    for version in versions:
+        storage.put_if_absent(storage.join(output, FOLDER, _identity(version).hex()), b"", root=output)
 
 
 def identities(output: str) -> Identities:
     """The `manifest.identity` of every image that was forgotten, as one that is not cut into windows."""
     found = storage.list_objects(storage.join(output, FOLDER), missing_ok=True)
     return np.array([bytes.fromhex(each.key) for each in found if _NAME.fullmatch(each.key)], "S16")
+
+
+def _identity(version: Version) -> bytes:
+    return identity(*version, 0, 0, 1, 0)
