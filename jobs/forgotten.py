@@ -6,9 +6,11 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from jobs import storage
 from jobs.manifest import Identities, identity
@@ -30,6 +32,13 @@ def identities(output: str) -> Identities:
     """The `manifest.identity` of every image that was forgotten, as one that is not cut into windows."""
     found = storage.list_objects(storage.join(output, FOLDER), missing_ok=True)
     return np.array([bytes.fromhex(each.key) for each in found if _NAME.fullmatch(each.key)], "S16")
+
+
+def among(removed: Identities, listed: pa.Table, sources: Sequence[str]) -> NDArray[np.bool_]:
+    """Which rows of a manifest are images of `removed`; `sources` names what its `source` counts."""
+    rows = zip(*(listed[name].to_pylist() for name in ("source", "key", "etag")), strict=True)
+    names = [_identity((sources[source], key, etag)) for source, key, etag in rows]
+    return np.isin(np.array(names, "S16"), removed)
 
 
 def _identity(version: Version) -> bytes:

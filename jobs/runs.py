@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
-from jobs import manifest, models, planning, sink, storage, table
+import pyarrow as pa
+
+from jobs import forgotten, manifest, models, planning, sink, storage, table
 from jobs.contract import PredictConfig, fingerprint
 from jobs.done import Done, DoneWithin, done_before, still_failed
 from jobs.manifest import Shard
@@ -113,7 +115,8 @@ class Unchanged:
 def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Unchanged:
     """Find the run to work on: an unfinished one of this fingerprint, else a new one of what is not done.
 
-    An unfinished run of the same archive and model with another fingerprint is abandoned before.
+    An unfinished run of the same archive and model with another fingerprint is abandoned before; so is one, also of
+    this call, that has an image to do which was forgotten after the run was planned.
 
     Args:
         archive: what is wanted.
@@ -143,7 +146,8 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             is_committed = not record.compacts and not pending_shards(archive, record)
             if record.fingerprint == archive.fingerprint or is_committed:
                 _refuse_other_roots(archive, record)
-                return Opening(record, is_ours=False)
+                if is_committed or not _give_up_forgotten(archive, record):
+                    return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
                 raise ConfigError(f"run {record.run} is not finished: finish it before {archive.parent} is retried")
@@ -151,7 +155,8 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         plan = _plan(archive, records, waiting) if archive.parent is None else _plan_retry(archive, records, waiting)
         if not plan.num_shards:
             return Unchanged(plan.num_listed)
-        if (opened := _open(archive, run, plan)) is not None:
+        opened = _open(archive, run, plan)
+        if opened is not None and not _give_up_forgotten(archive, opened):
             return Opening(opened, is_ours=True)
 
 
@@ -212,12 +217,10 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
     _refuse_other_roots(archive, parent)
     failed = still_failed(archive.output_uri, archive.model_digest, parent.run, only=archive.only, waiting=waiting)
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
-    return planning.plan_again(
-        listed,
-        failed,
-        sources=[storage.plain(source) for source in parent.sources],
-        size=archive.shard_size,
-    )
+    sources = [storage.plain(source) for source in parent.sources]
+    if len(removed := forgotten.identities(archive.output_uri)):
+        listed = listed.filter(pa.array(~forgotten.among(removed, listed, sources)))
+    return planning.plan_again(listed, failed, sources=sources, size=archive.shard_size)
 
 
 def _refuse_other_roots(archive: Archive, record: RunRecord) -> None:
@@ -289,6 +292,21 @@ def pending_shards(archive: Archive, record: RunRecord) -> list[Shard]:
 def is_being_given_up(run_uri: str, record: RunRecord, state: State) -> bool:
     """Whether a run is abandoned, but not yet in all its shards: workers of it may commit those that are left."""
     return state == "abandoned" and bool(pending_shards(Archive.of(run_uri, record), record))
+
+
+def _give_up_forgotten(archive: Archive, record: RunRecord) -> bool:
+    """Abandon a run that has an image which was forgotten after it was planned; whether it has.
+
+    `forget` notes the image, then looks for runs; a run is put, then looks for notes: whoever is later sees the other.
+    """
+    if not len(removed := forgotten.identities(archive.output_uri)):
+        return False
+    uri = archive.run_uri(record.run, record.manifest)
+    listed = manifest.read(uri, record.manifest_sha256, ["source", "key", "etag"])
+    if not forgotten.among(removed, listed, archive.source_uris).any():
+        return False
+    abandon(archive, record, by="unetpp forget")
+    return True
 
 
 def abandon(archive: Archive, record: RunRecord, by: str) -> None:

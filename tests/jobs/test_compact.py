@@ -300,6 +300,17 @@ def test_an_image_is_forgotten_in_copies_and_originals(output: str, swept: bool)
     assert next(row for row in seen(output) if row["key"] == "a2.png")["error_code"] == "forgotten"
 
 
+def test_what_was_forgotten_stays_so_in_copies(output: str, segment) -> None:
+    forget.run(ForgetConfig(output=output, key="a2.png"))
+    squeeze(output)
+    gc.run(GcConfig(output=output, older_than_hours=0, delete=True))
+    assert next(row for row in seen(output) if row["key"] == "a2.png")["error_code"] == "forgotten"
+    assert segment().status == "unchanged"
+    other = segment(level=1)
+    assert (other.num_listed, other.num_unchanged) == (10, 1)
+    assert "a2.png" not in read_masks(output, other.model_digest)["key"].to_pylist()
+
+
 def test_what_is_forgotten_while_it_is_copied_does_not_come_back(output: str) -> None:
     mask = next(row for row in seen(output) if row["key"] == "a2.png")["mask_png"]
     runs = list_runs(output)  # what `forget` saw before the compaction began

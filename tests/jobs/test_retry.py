@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import explain, forget, predict, retry, status
+from jobs import explain, forget, forgotten, predict, retry, status
 from jobs.contract import ExplainConfig, ForgetConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
 from jobs.table import read_masks
 from unetpp.checkpoint import save_pretrained
@@ -74,6 +74,13 @@ def test_a_forgotten_image_does_not_come_back(again, tmp_path: Path) -> None:
     assert {row["key"] for row in rows if row["error_code"] == "forgotten"} == {"a.png", "b.PNG"}
     with pytest.raises(ValueError, match="what is forgotten stays so"):
         RetryConfig(run="r", only=("forgotten",))
+
+
+def test_no_retry_has_an_image_that_a_killed_forget_has_noted(again, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    (row,) = (row for row in read_masks(output).to_pylist() if row["key"] == "a.png")
+    forgotten.remember(output, [(row["source_uri"], row["key"], row["etag"])])
+    assert again().num_listed == 1
 
 
 def test_a_retry_works_where_the_run_is_now(again, run_uri: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import duckdb
 import pytest
 from PIL import Image
 
-from jobs import abandon, compact, explain, forget, gc, indexes, lease, predict, rebuild, sink, storage
+from jobs import abandon, compact, explain, forget, forgotten, gc, indexes, lease, predict, rebuild, runs, sink, storage
 from jobs.contract import (
     AbandonConfig,
     CompactConfig,
@@ -228,6 +228,38 @@ def test_no_other_model_has_a_forgotten_image_but_any_has_its_new_version(
         assert "a.png" not in read_masks(output, other.model_digest)["key"].to_pylist()
     Image.new("RGB", (9, 9)).save(images / "a.png")
     assert segment(input=str(images)).num_predicted == 1
+
+
+def test_an_image_forgotten_while_a_night_is_planned_is_not_of_that_night(
+    segment, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment(level=1)
+    put_run = runs.put_run
+
+    def put_after_forget(*what: Any) -> bool:
+        monkeypatch.setattr(runs, "put_run", put_run)
+        forget.run(ForgetConfig(output=output, key="a.png"))
+        return put_run(*what)
+
+    monkeypatch.setattr(runs, "put_run", put_after_forget)
+    night = segment()
+    assert (night.runs, night.num_predicted, night.num_unchanged) == (("r00003",), 11, 1)
+    assert list_runs(output)["r00002"] == "abandoned"
+    assert "a.png" not in read_masks(output, night.model_digest)["key"].to_pylist()
+
+
+def test_a_run_that_was_put_before_its_driver_saw_what_was_forgotten_is_not_resumed(
+    segment, output: str, archive: Path, tiny_model: Path
+) -> None:
+    digest = segment(output=output + "-elsewhere").model_digest
+    segment(level=1)
+    config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
+    open_run(Archive((Source(str(archive)),), output, digest, config))
+    row = next(row for row in read_masks(output).to_pylist() if row["key"] == "a.png")
+    forgotten.remember(output, [(row["source_uri"], row["key"], row["etag"])])
+    night = segment()
+    assert (night.runs, night.num_predicted, night.num_unchanged) == (("r00003",), 11, 1)
+    assert list_runs(output)["r00002"] == "abandoned"
 
 
 def test_an_image_is_forgotten_in_an_output_that_was_moved(segment, output: str, place: str) -> None:
