@@ -733,7 +733,11 @@ class CompactResult(Frozen):
 
 
 class ForgetConfig(Frozen):
-    """Remove every mask of an image from an output; its rows stay and say `forgotten`."""
+    """Remove every mask of an image from an output; its rows stay and say `forgotten`.
+
+    No model segments this version of the image there again, whatever the level or mode. There is no way back but a new
+    version of the image, which is a new image, or another output.
+    """
 
     output: OutputUri
     key: str = Field(description="key of the image: its path below the input", json_schema_extra={"positional": True})
