@@ -2,6 +2,7 @@
 
 import flows.embedded  # noqa: F401  before Prefect is imported
 
+import contextlib
 import logging
 
 from prefect import flow
@@ -13,7 +14,7 @@ from flows.command import main
 from flows.config import ArchiveFlowConfig, BackfillConfig
 from flows.nights import nights_between
 from jobs.contract import PredictResult
-from unetpp.errors import JobError, UnetppError
+from unetpp.errors import JobError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
     """Work on every night of the range that is not done, and publish the matrix; a night that fails stops no other.
 
-    Each night has `deadline_hours`.
+    Each night has `deadline_hours`. ConfigError, before the first, where there is no model.
     """
+    with contextlib.suppress(StorageError):  # each night asks anew
+        stages.current_model(config.models)
     results: dict[str, PredictResult] = {}
     rows: dict[str, dict[str, str]] = {}
     failed: list[str] = []

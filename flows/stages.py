@@ -239,10 +239,16 @@ def is_night_done(config: ArchiveFlowConfig, night: str) -> PredictResult | None
     return result if result is not None and _has_masks(result) else None
 
 
-def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
-    _, model = registry.current(config.models)
+def current_model(models_uri: str) -> CurrentModel:
+    """Return the model that nights predict with; ConfigError where there is none."""
+    _, model = registry.current(models_uri)
     if model is None:
-        raise ConfigError(f"{config.models} has no current model: run flows.train or flows.nightly first")
+        raise ConfigError(f"{models_uri} has no current model: run flows.train or flows.nightly first")
+    return model
+
+
+def _predict_job(config: ArchiveFlowConfig, night: str) -> PredictConfig:
+    model = current_model(config.models)
     inputs = (config.input,) if isinstance(config.input, str) else config.input
     options = config.predict
     if options.engine == "openvino-int8" and not registry.has_int8(config.models, model.digest):

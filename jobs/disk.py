@@ -56,11 +56,8 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             key=lambda at: os.fsencode(at.name) + b"/" * (os.path.isdir(at) if at.is_symlink() else at.is_dir()),
         )
     for entry in ordered:
-        try:
-            found = entry.stat()
-        except OSError as error:
-            if error.errno not in _NOWHERE:
-                raise
+        found = _stat(entry.path)
+        if found is None:
             continue  # a link to nowhere or to itself, or deleted while we list
         # Names that are no UTF-8 get a printable key; the read then says `gone` in the image's row.
         key = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")

@@ -36,8 +36,11 @@ def identities(output: str) -> Identities:
 
 def among(removed: Identities, listed: pa.Table, sources: Sequence[str]) -> NDArray[np.bool_]:
     """Which rows of a manifest are images of `removed`; `sources` names what its `source` counts."""
-    rows = zip(*(listed[name].to_pylist() for name in ("source", "key", "etag")), strict=True)
-    names = [_identity((sources[source], key, etag)) for source, key, etag in rows]
+    names = [
+        _identity((sources[row["source"]], row["key"], row["etag"]))
+        for batch in listed.select(["source", "key", "etag"]).to_batches(max_chunksize=1 << 16)  # as Python objects
+        for row in batch.to_pylist()
+    ]
     return np.isin(np.array(names, "S16"), removed)
 
 
