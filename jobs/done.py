@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs import forgotten, table
-from jobs.manifest import Identities, identity, whole_identity
+from jobs.manifest import Identities, find, identity, whole_identity
 from jobs.table import GRID, PLACE
 from unetpp.errors import PERMANENT_IMAGE_ERRORS
 
@@ -84,7 +84,7 @@ class Done:
 
     def lookup(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
         """(needs nothing now, attempts so far) of each identity; (False, 0) for an unknown one."""
-        settled = _find(self._sorted, identities)[0]  # a newer run's word, if an older one left it open
+        settled = find(self._sorted, identities)[0]  # a newer run's word, if an older one left it open
         return settled, np.where(settled, 0, self._is_open(identities)[1]).astype(np.int16)
 
     def attempts(self, identities: Identities) -> NDArray[np.int16]:
@@ -94,7 +94,7 @@ class Done:
     def num_windows(self, identities: Identities) -> NDArray[np.int32]:
         """The windows of each image (`manifest.whole_identity`) whose windows are all settled; 0 for any other."""
         complete, nums = self._complete
-        is_there, at = _find(complete, identities)
+        is_there, at = find(complete, identities)
         found = np.zeros(len(identities), np.int32)
         found[is_there] = nums[at[is_there]]
         return found
@@ -119,18 +119,10 @@ class Done:
         return settled
 
     def _is_open(self, identities: Identities) -> tuple[NDArray[np.bool_], NDArray[np.int16]]:
-        is_open, at = _find(self._open, identities)
+        is_open, at = find(self._open, identities)
         attempts = np.zeros(len(identities), np.int16)
         attempts[is_open] = self._attempts[at[is_open]]
         return is_open, attempts
-
-
-def _find(there: Identities, wanted: Identities) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-    """Whether each of `wanted` is in the sorted array, and where."""
-    if not len(there):
-        return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.intp)
-    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
-    return there[at] == wanted, at
 
 
 class DoneWithin:

@@ -13,9 +13,10 @@ import numpy as np
 
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
+from jobs.manifest import find
 from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
 from jobs.runs import is_being_given_up
-from jobs.storage import SCRATCH, StoredObject
+from jobs.storage import SCRATCH
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,8 @@ def _orphans(output: str, record: RunRecord, named: Names) -> Garbage:
     pngs = sink.pngs_uri(output, record.model_digest, record.run)
     known = np.unique(np.frombuffer(bytes(named), "S16"))
 
-    def is_orphan(found: StoredObject) -> bool:
-        at = np.searchsorted(known, np.bytes_(_digest(found.key)))
-        return at == len(known) or known[at] != np.bytes_(_digest(found.key))
-
     for found in storage.list_objects(pngs, missing_ok=True):
-        if is_orphan(found):
+        if not find(known, np.array([_digest(found.key)], "S16"))[0].all():
             yield "png", storage.join(pngs, found.key), found.size_bytes
 
 

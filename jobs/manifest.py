@@ -108,6 +108,17 @@ def whole_identity(source: str, key: str, etag: str, window_px: int) -> bytes:
     return identity(source, key, etag, -1, -1, -1, window_px)
 
 
+def find(there: Identities, wanted: Identities) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """Whether each of `wanted` is in the sorted array, and where.
+
+    Never compare one element with bytes: numpy takes the NULs from the end of an element, and leaves those of bytes.
+    """
+    if not len(there):
+        return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.intp)
+    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+    return there[at] == wanted, at
+
+
 def matcher(include: Iterable[str]) -> Callable[[str], bool]:
     """Whether a key matches one of the globs, in any case; `*` crosses folders. No glob matches nothing."""
     found = re.compile("|".join(fnmatch.translate(glob.lower()) for glob in include) or "(?!)").match

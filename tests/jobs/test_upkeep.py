@@ -109,6 +109,14 @@ def test_an_output_in_order_has_no_garbage_but_notes(segment, output: str) -> No
     assert segment().status == "unchanged"
 
 
+def test_a_mask_whose_digest_ends_in_nul_is_no_garbage(segment, output: str, tmp_path: Path) -> None:
+    key = next(f"{number}.png" for number in range(9999) if gc._digest(f"{number}.png.png").endswith(b"\0"))
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "one" / key)
+    segment(input=str(tmp_path / "one"))
+    assert "png" not in gc.run(GcConfig(output=output)).objects
+
+
 def test_garbage_is_listed_first_and_removed_when_told(segment, output: str, tiny_model: Path, archive: Path) -> None:
     result = segment()
     run = f"png/model=m{result.model_digest[:10]}/run=r00001"
