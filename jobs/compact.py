@@ -160,7 +160,7 @@ def _copy(archive: Archive, record: RunRecord, shard: int, pieces: Sequence[Piec
     seconds, sha256 = time.perf_counter() - started, record.manifest_sha256
     if over:
         footer = sink.footer_of(rows, run=record.run, manifest_sha256=sha256, shard=shard, seconds=seconds)
-        storage.write_bytes(uri, sink.encode_part(rows, footer))
+        storage.write_bytes(uri, sink.encode_part(rows, footer), root=archive.output_uri)
     else:
         root = archive.output_uri
         sink.commit(uri, rows, run=record.run, manifest_sha256=sha256, shard=shard, seconds=seconds, root=root)

@@ -115,9 +115,12 @@ def _read(path: str, etag: str | None, start: int, stop: int | None) -> bytes:
     return content
 
 
-def write(path: str, content: bytes) -> None:
-    """Write the file whole, over what is there: readers see the old or the new."""
-    _replace(path, lambda temporary: _write_synced(temporary, content))
+def write(path: str, content: bytes, scratch_dir: str | None = None) -> None:
+    """Write the file whole, over what is there: readers see the old or the new.
+
+    From a file in `scratch_dir` (same file system), where leftovers are swept; default: the folder of the file.
+    """
+    _replace(path, lambda temporary: _write_synced(temporary, content), scratch_dir)
 
 
 def copy(source: str, path: str) -> None:
@@ -132,11 +135,12 @@ def copy(source: str, path: str) -> None:
     _replace(path, write_copy)
 
 
-def _replace(path: str, write_to: Callable[[str], None]) -> None:
+def _replace(path: str, write_to: Callable[[str], None], scratch_dir: str | None = None) -> None:
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:60]}.{uuid.uuid4().hex}")
+    temporary = os.path.join(folder if scratch_dir is None else scratch_dir, f".{name[:60]}.{uuid.uuid4().hex}")
     with _translated(path, writes=True):
         os.makedirs(folder or ".", exist_ok=True)
+        os.makedirs(scratch_dir or ".", exist_ok=True)
         try:
             write_to(temporary)
             os.replace(temporary, path)

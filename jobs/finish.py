@@ -55,7 +55,9 @@ def write_up(archive: Archive, record: RunRecord, seconds: float) -> PredictResu
         seconds=seconds,
     )
     write_report(archive, record, parts, footers, result)
-    storage.write_bytes(archive.run_uri(record.run, "result.json"), result.model_dump_json(indent=2).encode())
+    storage.write_bytes(
+        archive.run_uri(record.run, "result.json"), result.model_dump_json(indent=2).encode(), root=archive.output_uri
+    )
     success = {
         "run": record.run,
         "num_listed": result.num_listed,
@@ -67,7 +69,9 @@ def write_up(archive: Archive, record: RunRecord, seconds: float) -> PredictResu
             {"name": sink.part_name(part.shard), "size_bytes": part.size_bytes, "etag": part.etag} for part in parts
         ],
     }
-    storage.write_bytes(archive.run_uri(record.run, SUCCESS), json.dumps(success, indent=2).encode())
+    storage.write_bytes(
+        archive.run_uri(record.run, SUCCESS), json.dumps(success, indent=2).encode(), root=archive.output_uri
+    )
     storage.sweep_scratch(archive.output_uri)
     return result
 

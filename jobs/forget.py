@@ -8,17 +8,16 @@ owner to delete.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
 
-from jobs import forgotten, manifest, sink, storage, table
+from jobs import forgotten, lease, manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
-from jobs.forgotten import Version
-from jobs.run_records import State, list_runs, read_record
-from jobs.runs import Archive
+from jobs.run_records import RunRecord, State, list_runs, read_record
+from jobs.runs import Archive, is_being_given_up
 from jobs.sink import Footer
 from jobs.table import Part
 from unetpp.errors import ConfigError
@@ -32,90 +31,129 @@ FORGOTTEN |= {"error_code": "forgotten", "error": "removed on request"}
 
 
 def run(config: ForgetConfig) -> ForgetResult:
-    """Forget an image in the runs of every model. ConfigError where no run has it, or an open one has it to do."""
+    """Forget an image in the runs of every model.
+
+    ConfigError where no run has it, or one that may still write a mask of it: it is open, or is being given up.
+    """
     output = storage.canonical(config.output)
-    num_rows: dict[Part, int] = {}
+    if config.source is not None:
+        config = config.model_copy(update={"source": storage.plain(storage.canonical(config.source))})
+    num_rows: dict[str, int] = {}
     while True:
         runs = list_runs(output)
         num_rows |= _forget_in_runs(output, config, runs)
         if list_runs(output).keys() <= runs.keys():
             break  # else a run was opened meanwhile, and may copy what was there before
-    if not num_rows:
-        raise ConfigError(
-            f"no run of {output} has an image {config.key!r}; keys are paths below the input, as `key` says"
-        )
     return ForgetResult(
-        key=config.key, num_rows=sum(num_rows.values()), runs=tuple(sorted({part.run for part in num_rows}))
+        key=config.key,
+        num_rows=sum(num_rows.values()),
+        runs=tuple(run for run, count in sorted(num_rows.items()) if count),
     )
 
 
-def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]) -> dict[Part, int]:
-    """Forget an image in these runs; the number of its rows by part."""
-    key, reports = config.key, []
+def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]) -> dict[str, int]:
+    """Forget an image in these runs; the number of its rows by run."""
     records = {name: read_record(storage.join(output, "runs", name)) for name in sorted(runs)}
-    for name, record in records.items():
-        run_uri = storage.join(output, "runs", name)
-        if runs[name] not in ("open", "compacted"):
-            continue
-        listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256, ["key"])
-        if not pc.any(pc.equal(listed["key"], key)).as_py():
-            continue
-        if runs[name] == "open":
-            raise ConfigError(
-                f"run {name} is not finished and has {key!r} to do: finish it, or end it with "
-                f"unetpp abandon {run_uri}, then forget"
-            )
-        # The report may show the image, and cannot be made anew: the parts that it was made of may be gone.
-        reports.append(storage.join(run_uri, "report.html"))
-    found = _versions(
-        [part for name, record in records.items() for part in table.list_parts(output, record.model_digest, name)],
-        config,
+    listed = {name: _listed(storage.join(output, "runs", name), record, config) for name, record in records.items()}
+    having = {name: rows for name, rows in listed.items() if rows}
+    if not having:
+        of = "" if config.source is None else f" of {config.source}"
+        raise ConfigError(
+            f"no run of {output} has an image {config.key!r}{of}; keys are paths below the input, as `key` says, and "
+            "sources are called as `source_uri` says"
+        )
+    for name in having:
+        _refuse_unfinished(storage.join(output, "runs", name), records[name], runs[name], config.key)
+    forgotten.remember(
+        output, {(row["source_uri"], row["key"], row["etag"]) for rows in having.values() for row in rows}
     )
-    forgotten.remember(output, set().union(*found.values()))
-    for report in reports:
-        storage.delete(report)
-    num_rows = {part: _forget_in(part, config, output) for part in found}
-    sealed = [name for name in sorted({part.run for part in num_rows}) if runs[name] == "sealed"]
-    for name in sealed:  # the report may show the image, and is not made anew where other images of it are gone
+    for name in having:  # the report may show the image, and of a compacted run it cannot be made anew
         storage.delete(storage.join(output, "runs", name, "report.html"))
-    for name in sealed:
-        archive = Archive.of(storage.join(output, "runs", name), records[name])
-        write_up(archive, records[name], _seconds(archive, name))
+    with storage.io_threads() as threads:
+        list(
+            threads.map(storage.delete, [uri for name in having for uri in _pngs(output, records[name], having[name])])
+        )
+    num_rows = {}
+    for name in having:
+        parts = table.list_parts(output, records[name].model_digest, name)
+        for part in [part for part, num in _counts(parts, config).items() if num]:
+            _forget_in(part, output)
+        num_rows[name] = sum(_counts(parts, config).values())
+    for name in having:
+        if runs[name] == "sealed":
+            archive = Archive.of(storage.join(output, "runs", name), records[name])
+            write_up(archive, records[name], _seconds(archive, name))
     return num_rows
 
 
-def _versions(parts: Sequence[Part], config: ForgetConfig) -> dict[Part, set[Version]]:
-    """The parts that have rows of an image, and the versions that those are of."""
-    found: dict[Part, set[Version]] = {}
-    for part, rows in table.scan_parts(parts, ["source_uri", "key", "etag"]):
-        mine = rows.filter(pc.equal(rows["key"], config.key)).to_pylist()
-        versions = {(row["source_uri"], row["key"], row["etag"]) for row in mine if _is_meant(row, config)}
-        if versions:
-            found[part] = versions
-    return found
+def _listed(run_uri: str, record: RunRecord, config: ForgetConfig) -> list[dict[str, Any]]:
+    """What the manifest of a run says of the image, its source as rows call it.
 
-
-def _is_meant(row: Mapping[str, Any], config: ForgetConfig) -> bool:
-    return row["key"] == config.key and config.source in (None, row["source_uri"])
-
-
-def _forget_in(part: Part, config: ForgetConfig, output: str) -> int:
-    """Delete the PNGs of an image, then write its part anew without the masks; the number of its rows.
-
-    In this order, since the rows alone tell which PNGs there are: a killed call is finished by the next.
+    Not what the rows say: a worker that was killed may have put a PNG that no row names.
     """
-    rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
-    mine = [row for row in rows if _is_meant(row, config)]
-    (footer,) = table.read_footers([part])
-    for row in mine:
-        if row["mask_uri"] is not None:
-            run_id, path = sink.split_mask_uri(row["mask_uri"], row["model_digest"])
-            uri = storage.join(sink.pngs_uri(output, row["model_digest"], run_id), path)
-            storage.delete(uri)
-            storage.delete(sink.probability_uri(uri))
-        row.update(FORGOTTEN)
-    storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)))
-    return len(mine)
+    columns = ["source", "key", "etag", "window_y", "window_x", "num_windows"]
+    listed = manifest.read(storage.join(run_uri, record.manifest), record.manifest_sha256, columns)
+    sources = [storage.plain(source) for source in record.sources]
+    rows = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
+    named = [row | {"source_uri": sources[row["source"]]} for row in rows]
+    return [row for row in named if config.source in (None, row["source_uri"])]
+
+
+def _refuse_unfinished(run_uri: str, record: RunRecord, state: State, key: str) -> None:
+    """ConfigError where somebody may still write a mask of the image."""
+    if state == "open":
+        raise ConfigError(
+            f"run {record.run} is not finished and has {key!r} to do: finish it, or end it with "
+            f"unetpp abandon {run_uri}, then forget"
+        )
+    if is_being_given_up(run_uri, record, state):
+        raise ConfigError(
+            f"run {record.run} has {key!r} to do and is being given up: let the command that does so end first; was it "
+            f"killed, unetpp abandon {run_uri} does the rest, then forget"
+        )
+    if state == "abandoned" and (held := lease.live(Archive.of(run_uri, record), record)) is not None:
+        raise ConfigError(
+            f"{held.owner} still works on run {record.run}, which was given up and has {key!r}: stop it, or wait "
+            f"{held.ttl_s:.0f} s if it is dead, then forget"
+        )
+
+
+def _pngs(output: str, record: RunRecord, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where a run puts the PNGs of rows of its manifest."""
+    for row in rows:
+        window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
+        source = row["source"] if len(record.sources) > 1 else None
+        mask = sink.png_uri(output, record.model_digest, record.run, row["key"], window, source)
+        yield from (mask, sink.probability_uri(mask))
+
+
+def _counts(parts: Sequence[Part], config: ForgetConfig) -> dict[Part, int]:
+    """How many rows of each part are of the image."""
+    counts = {}
+    for part, rows in table.scan_parts(parts, ["source_uri", "key"]):
+        mine = rows.filter(pc.equal(rows["key"], config.key))["source_uri"].to_pylist()
+        counts[part] = sum(config.source in (None, source) for source in mine)
+    return counts
+
+
+def _forget_in(part: Part, output: str) -> None:
+    """Write a part anew without the masks of what the output has noted, until it has none.
+
+    Another call may do so at the same time. Each notes its image before it writes and reads the notes after: whoever
+    writes last sees what the other has noted.
+    """
+    while True:
+        removed = forgotten.identities(output)
+        seen = table.read_rows([part], ["source_uri", "key", "etag", "error_code"]).to_pylist()
+        noted = forgotten.among(removed, ((row["source_uri"], row["key"], row["etag"]) for row in seen))
+        if all(row["error_code"] == "forgotten" for row, is_noted in zip(seen, noted, strict=True) if is_noted):
+            return
+        rows = table.read_rows([part], sink.SCHEMA.names).to_pylist()
+        (footer,) = table.read_footers([part])
+        for row, is_noted in zip(rows, noted, strict=True):
+            if is_noted:
+                row.update(FORGOTTEN)
+        storage.write_bytes(part.uri, sink.encode_part(rows, _counted(footer, rows)), root=output)
 
 
 def _counted(footer: Footer, rows: list[dict[str, Any]]) -> Footer:

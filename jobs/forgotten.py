@@ -6,7 +6,7 @@
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -34,14 +34,16 @@ def identities(output: str) -> Identities:
     return np.array([bytes.fromhex(each.key) for each in found if _NAME.fullmatch(each.key)], "S16")
 
 
-def among(removed: Identities, listed: pa.Table, sources: Sequence[str]) -> NDArray[np.bool_]:
-    """Which rows of a manifest are images of `removed`; `sources` names what its `source` counts."""
-    names = [
-        _identity((sources[row["source"]], row["key"], row["etag"]))
-        for batch in listed.select(["source", "key", "etag"]).to_batches(max_chunksize=1 << 16)  # as Python objects
-        for row in batch.to_pylist()
-    ]
-    return np.isin(np.array(names, "S16"), removed)
+def among(removed: Identities, versions: Iterable[Version]) -> NDArray[np.bool_]:
+    """Which image versions are of `removed`."""
+    return np.isin(np.array([_identity(version) for version in versions], "S16"), removed)
+
+
+def versions_of(listed: pa.Table, sources: Sequence[str]) -> Iterator[Version]:
+    """The image version of every row of a manifest; `sources` names what its `source` counts."""
+    for batch in listed.select(["source", "key", "etag"]).to_batches(max_chunksize=1 << 16):  # few as Python objects
+        for row in batch.to_pylist():
+            yield sources[row["source"]], row["key"], row["etag"]
 
 
 def _identity(version: Version) -> bytes:

@@ -96,7 +96,9 @@ def write_report(
 ) -> None:
     """Write `report.html` of a run whose parts are all committed."""
     storage.write_bytes(
-        archive.run_uri(record.run, "report.html"), render(archive, record, parts, footers, result).encode()
+        archive.run_uri(record.run, "report.html"),
+        render(archive, record, parts, footers, result).encode(),
+        root=archive.output_uri,
     )
 
 
@@ -191,13 +193,16 @@ def _pictures(archive: Archive, record: RunRecord, chosen: list[int]) -> dict[in
     uri, config = archive.run_uri(record.run, record.manifest), archive.config
     rows = [manifest.read_rows(uri, Shard(0, number, number + 1))[0] for number in chosen]
     pictures = {}
-    with storage.io_threads() as threads, DecodePool.of(config, _bands(archive)) as decoders:
-        found = archives.contents(archive.roots, rows, threads, limits_of(config), columns_of(config))
-        for number, (row, content) in zip(chosen, found, strict=True):
-            try:
-                pictures[number] = overlays.thumbnail(_pixels(row, content, decoders))
-            except ImageError as error:
-                logger.info("the report leaves %s out: %s", row.key, error.detail)
+    try:
+        with storage.io_threads() as threads, DecodePool.of(config, _bands(archive)) as decoders:
+            found = archives.contents(archive.roots, rows, threads, limits_of(config), columns_of(config))
+            for number, (row, content) in zip(chosen, found, strict=True):
+                try:
+                    pictures[number] = overlays.thumbnail(_pixels(row, content, decoders))
+                except ImageError as error:
+                    logger.info("the report leaves %s out: %s", row.key, error.detail)
+    except UnetppError as error:  # the archive is out of reach: no reason to leave a run whose parts are all there open
+        logger.warning("the report of %s has %d of %d pictures: %s", record.run, len(pictures), len(chosen), error)
     return pictures
 
 

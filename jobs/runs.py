@@ -219,7 +219,7 @@ def _plan_retry(archive: Archive, records: Sequence[RunRecord], waiting: Collect
     listed = manifest.read(archive.run_uri(parent.run, parent.manifest), parent.manifest_sha256)
     sources = [storage.plain(source) for source in parent.sources]
     if len(removed := forgotten.identities(archive.output_uri)):
-        listed = listed.filter(pa.array(~forgotten.among(removed, listed, sources)))
+        listed = listed.filter(pa.array(~forgotten.among(removed, forgotten.versions_of(listed, sources))))
     return planning.plan_again(listed, failed, sources=sources, size=archive.shard_size)
 
 
@@ -303,7 +303,7 @@ def _give_up_forgotten(archive: Archive, record: RunRecord) -> bool:
         return False
     uri = archive.run_uri(record.run, record.manifest)
     listed = manifest.read(uri, record.manifest_sha256, ["source", "key", "etag"])
-    if not forgotten.among(removed, listed, archive.source_uris).any():
+    if not forgotten.among(removed, forgotten.versions_of(listed, archive.source_uris)).any():
         return False
     abandon(archive, record, by="unetpp forget")
     return True

@@ -185,13 +185,16 @@ def read_json(uri: str | Path) -> Any:
         raise StorageError(f"{uri} is damaged: {error}") from None
 
 
-def write_bytes(uri: str | Path, content: bytes) -> None:
-    """Write, over what is there. For what may be rewritten: reports, results, hints, models."""
+def write_bytes(uri: str | Path, content: bytes, *, root: str | Path | None = None) -> None:
+    """Write, over what is there. For what may be rewritten: reports, results, hints, models.
+
+    `root` is the folder whose `.tmp` a local write goes through, as in `put_if_absent`.
+    """
     place = _writable(uri)
     if is_remote(place):
         _s3(place).write(place, content)
     else:
-        disk.write(place, content)
+        disk.write(place, content, None if root is None else join(canonical(root), SCRATCH))
 
 
 def upload_file(path: str | Path, uri: str | Path) -> None:

@@ -13,7 +13,22 @@ import duckdb
 import pytest
 from PIL import Image
 
-from jobs import abandon, compact, explain, forget, forgotten, gc, indexes, lease, predict, rebuild, runs, sink, storage
+from jobs import (
+    abandon,
+    compact,
+    explain,
+    forget,
+    forgotten,
+    gc,
+    indexes,
+    lease,
+    predict,
+    rebuild,
+    runs,
+    sink,
+    storage,
+    table,
+)
 from jobs.contract import (
     AbandonConfig,
     CompactConfig,
@@ -286,18 +301,65 @@ def test_a_forget_that_is_cut_off_leaves_nothing_that_is_never_found_again(
     segment(level=1)
     segment()
 
-    def out_of_order(*_: object) -> None:
+    def out_of_order(*_: object, **__: object) -> None:
         raise StorageError("out of order")
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", out_of_order)
         with pytest.raises(StorageError):
             forget.run(ForgetConfig(output=output, key="a.png"))
-    assert sum(key.endswith("/a.png.png") for key in _contents(output)) == 1  # the other run's, whose part names it yet
+    assert not [key for key in _contents(output) if key.endswith("/a.png.png")]
     monkeypatch.setattr(forget, "write_up", out_of_order)  # as where the images are out of reach
     with pytest.raises(StorageError):
         forget.run(ForgetConfig(output=output, key="a.png"))
     assert not [key for key in _contents(output) if key.endswith(("/a.png.png", "report.html"))]
+
+
+def test_two_that_forget_at_once_see_each_other(segment, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment()
+    encode_part = sink.encode_part
+
+    def encode_late(rows: Any, footer: Any) -> bytes:
+        monkeypatch.setattr(sink, "encode_part", encode_part)
+        content = encode_part(rows, footer)
+        forget.run(ForgetConfig(output=output, key="a.png"))  # whole, between the other's reading and its writing
+        return content
+
+    keys = table.read_rows(table.list_parts(output, None)[:1], ["key"])["key"].to_pylist()
+    key = next(name for name in keys if name != "a.png")
+    assert "a.png" in keys
+    monkeypatch.setattr(sink, "encode_part", encode_late)
+    forget.run(ForgetConfig(output=output, key=key))
+    rows = {row["key"]: row for row in read_masks(output).to_pylist()}
+    assert {rows[name]["error_code"] for name in ("a.png", key)} == {"forgotten"}
+    assert rows["a.png"]["mask_png"] is None
+
+
+def test_an_image_is_not_forgotten_while_a_run_that_has_it_is_being_given_up(
+    segment, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment(level=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.progress.Progress.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert segment().exit_code == ExitCode.INTERRUPTED
+    run_uri = storage.join(output, "runs", "r00002")
+    with monkeypatch.context() as patch:
+        patch.setattr(sink, "abandon", lambda *_, **__: (_ for _ in ()).throw(StorageError("out of order")))
+        with pytest.raises(StorageError):
+            abandon.run(AbandonConfig(run=run_uri))
+    with pytest.raises(ConfigError, match=r"r00002 has 'a\.png' to do and is being given up.*unetpp abandon .*r00002"):
+        forget.run(ForgetConfig(output=output, key="a.png"))
+    abandon.run(AbandonConfig(run=run_uri))
+    assert forget.run(ForgetConfig(output=output, key="a.png")).num_rows >= 1
+
+
+def test_an_image_is_forgotten_where_the_archive_is_gone(segment, output: str, archive: Path, tmp_path: Path) -> None:
+    shutil.copytree(archive, tmp_path / "images")
+    segment(input=str(tmp_path / "images"))
+    shutil.rmtree(tmp_path / "images")
+    assert forget.run(ForgetConfig(output=output, key="a.png", source=f"{tmp_path}/images/")).num_rows == 1
+    with pytest.raises(ConfigError, match=r"has an image 'a\.png' of /elsewhere"):
+        forget.run(ForgetConfig(output=output, key="a.png", source="/elsewhere"))
 
 
 def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
@@ -337,9 +399,9 @@ def test_a_run_that_nothing_finishes_is_ended_and_holds_nothing_up(
     before = _contents(output)
     assert abandon.run(AbandonConfig(run=run_uri)).num_shards_done == 0
     assert _contents(output) == before
-    assert gc.run(GcConfig(output=output, delete=True)).objects["png"] == 1
-    assert not storage.exists(half)
+    assert gc.run(GcConfig(output=output)).objects["png"] == 1
     assert forget.run(ForgetConfig(output=output, key="a.png")).num_rows == 1
+    assert not storage.exists(half)
     assert compact.run(CompactConfig(output=output)).compactions
     assert segment().num_predicted == 11
 
