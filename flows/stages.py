@@ -38,6 +38,7 @@ from jobs.contract import (
 )
 from jobs.labelled import find_set
 from jobs.registry import CurrentModel
+from jobs.run_records import SUCCESS, compacted_into, state_of
 from jobs.watch import Watch
 from unetpp.errors import ConfigError, JobError, StorageError
 
@@ -274,17 +275,22 @@ def _predict_spec(job: PredictConfig) -> dict[str, object]:
 
 
 def _has_masks(result: BaseModel) -> bool:
-    """Whether every run of a finished `predict` is sealed, and every part of it in the table."""
+    """Whether every run of a finished `predict` is sealed, and every part of it in the table.
+
+    Of a compacted run, whose own parts may be removed or written over, the run that holds its rows now is asked for.
+    """
     assert isinstance(result, PredictResult)
     if result.status in ("interrupted", "failed"):
         return False
     output = result.table_uri.removesuffix("/table")
     for run in result.runs:
+        run_uri = storage.join(output, "runs", run)
         try:
-            sealed = storage.read_json(storage.join(output, "runs", run, "_SUCCESS.json"))
+            holder = compacted_into(run_uri) if state_of(run_uri) == "compacted" else run
+            sealed = storage.read_json(storage.join(output, "runs", holder, SUCCESS))
         except (FileNotFoundError, StorageError):
             return False
-        parts_uri = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", f"run={run}")
+        parts_uri = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", f"run={holder}")
         there = {entry.key: entry.size_bytes for entry in storage.list_objects(parts_uri, missing_ok=True)}
         if any(there.get(part["name"]) != part["size_bytes"] for part in sealed["parts"]):
             return False
