@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", bound=BaseModel)
 
+METRICS = "metrics.json"
+"""What `evaluate` writes and `prune` chooses by."""
+
 
 def labelled_fingerprint(data: str) -> str:
     """Return the fingerprint of a labelled set: the keys and versions of all that belongs to it."""
@@ -80,16 +83,22 @@ def train_stage(config: TrainFlowConfig, labelled: str, until: float) -> TrainRe
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, digest: str, until: float) -> EvaluateResult:
-    """Measure every level of a model on the validation split."""
+    """Measure every level of a model on the validation split, for `prune_stage` to read too."""
+    output = _evaluation_uri(config, labelled, digest)
     job = EvaluateConfig(
         model=model_uri,
         data=config.data,
         split_column=config.train.split_column,
         split=config.train.val_split,
-        output=_evaluation_uri(config, labelled, digest),
+        output=output,
         group_by=config.group_by,
     )
-    return _once(config, "evaluate", _spec(job, digest, labelled), job, EvaluateResult, config.work, _has_model, until)
+    spec = _spec(job, digest, labelled)
+
+    def still_true(result: BaseModel) -> bool:
+        return _has_model(result) and storage.exists(storage.join(output, METRICS))
+
+    return _once(config, "evaluate", spec, job, EvaluateResult, config.work, still_true, until)
 
 
 def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
@@ -105,7 +114,7 @@ def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult, un
     All that decides the level is in the folder's name: another choice may be another level, and must not take the place
     of a model that a record names.
     """
-    metrics = storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json")
+    metrics = storage.join(_evaluation_uri(config, labelled, trained.digest), METRICS)
     choice = fingerprint({"tolerance": config.tolerance, "confidence": config.confidence, "metrics": metrics})
     job = PruneConfig(
         model=trained.model_uri,
