@@ -147,15 +147,7 @@ def ensure(
     """
 
     def patiently(ask: Callable[Words, Answer], *words: Words.args, **named: Words.kwargs) -> Answer:
-        deadline = time.monotonic() + grace_s
-        while True:
-            try:
-                return ask(*words, **named)
-            except TransientError as error:
-                if time.monotonic() >= deadline:
-                    raise
-                logger.warning("%s: %s; asking again", name, error)
-                time.sleep(poll_s)
+        return _patiently(name, time.monotonic() + grace_s, poll_s, ask, *words, **named)
 
     attempts: list[tuple[str, JobStatus]] = []
     while len(attempts) < MAX_NAMES:
@@ -188,6 +180,7 @@ def follow(
     deadline: float | None = None,
     poll_s: float = POLL_S,
     grace_s: float = GRACE_S,
+    stop_s: float = STOP_S,
 ) -> JobStatus | None:
     """Wait for the end of a job and pass its lines on. Its status is the truth, its log is decoration.
 
@@ -199,12 +192,14 @@ def follow(
         deadline: monotonic time at which the job is stopped.
         poll_s: seconds between two looks.
         grace_s: how long the cluster may be silent.
+        stop_s: how long the job may take to end at the deadline.
 
     Returns:
         How it ended; None: the job is lost, the cluster does not know it any more or is gone.
 
     Raises:
-        JobError: the deadline came first; the job was stopped, and the next start goes on from there.
+        JobError: the deadline came first; the job was told to stop, and the next start goes on from there. It says so
+            where the job had not ended yet, or could not be told.
     """
     log = _Log(backend, name, say)
     silent_since: float | None = None
@@ -226,26 +221,59 @@ def follow(
         if not status.state.is_active:
             return status
         if deadline is not None and time.monotonic() > deadline:
-            stop(backend, name, poll_s=poll_s)
+            how = _stop_at_the_deadline(backend, name, stop_s, poll_s)
             log.pass_on(at_the_end=True)
             raise JobError(
                 name,
                 int(ExitCode.INTERRUPTED),
-                "the deadline came before its end: it was stopped, and what is done is kept. The next start goes on "
-                "from there; give it more time with deadline_hours, or more workers",
+                f"the deadline came before its end: {how}, and what is done is kept. The next start goes on from "
+                "there; give it more time with deadline_hours, or more workers",
             )
         time.sleep(poll_s * random.uniform(0.8, 1.2))
 
 
 def stop(backend: JobBackend, name: str, *, timeout_s: float = STOP_S, poll_s: float = POLL_S) -> JobStatus | None:
-    """Tell a job to end, let it drain, and wait until it has ended; the last that is known of it then."""
-    backend.ask_to_stop(name)
-    deadline = time.monotonic() + timeout_s
+    """Tell a job to end, let it drain, and wait until it has ended; the last that is known of it then.
+
+    It may still be active after `timeout_s`. TransientError where the cluster did not answer until then: it may run on.
+    """
+    deadline, poll_s = time.monotonic() + timeout_s, min(poll_s, 1.0)
+    _patiently(name, deadline, poll_s, backend.ask_to_stop, name)
     while True:
-        status = backend.status(name)
+        status = _patiently(name, deadline, poll_s, backend.status, name)
         if status is None or not status.state.is_active or time.monotonic() > deadline:
             return status
-        time.sleep(min(poll_s, 1.0))
+        time.sleep(poll_s)
+
+
+def _stop_at_the_deadline(backend: JobBackend, name: str, timeout_s: float, poll_s: float) -> str:
+    """Stop a job; in words, how that went."""
+    try:
+        status = stop(backend, name, timeout_s=timeout_s, poll_s=poll_s)
+    except TransientError as error:
+        return f"the cluster did not say whether it stopped, so it may run on ({error})"
+    if status is not None and status.state.is_active:
+        return f"it was told to stop, but had not ended {timeout_s:.0f} s later"
+    return "it was stopped"
+
+
+def _patiently(
+    name: str,
+    deadline: float,
+    poll_s: float,
+    ask: Callable[Words, Answer],
+    *words: Words.args,
+    **named: Words.kwargs,
+) -> Answer:
+    """Ask the cluster about a job until it answers; TransientError where it has not by the deadline."""
+    while True:
+        try:
+            return ask(*words, **named)
+        except TransientError as error:
+            if time.monotonic() >= deadline:
+                raise
+            logger.warning("%s: %s; asking again", name, error)
+            time.sleep(poll_s)
 
 
 def _may_try_again(status: JobStatus) -> bool:

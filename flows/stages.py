@@ -38,12 +38,16 @@ from jobs.contract import (
 )
 from jobs.labelled import find_set
 from jobs.registry import CurrentModel
+from jobs.run_records import SUCCESS, compacted_into, state_of
 from jobs.watch import Watch
 from unetpp.errors import ConfigError, JobError, StorageError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", bound=BaseModel)
+
+METRICS = "metrics.json"
+"""What `evaluate` writes and `prune` chooses by."""
 
 
 def labelled_fingerprint(data: str) -> str:
@@ -79,16 +83,22 @@ def train_stage(config: TrainFlowConfig, labelled: str, until: float) -> TrainRe
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate_stage(config: TrainFlowConfig, labelled: str, model_uri: str, digest: str, until: float) -> EvaluateResult:
-    """Measure every level of a model on the validation split."""
+    """Measure every level of a model on the validation split, for `prune_stage` to read too."""
+    output = _evaluation_uri(config, labelled, digest)
     job = EvaluateConfig(
         model=model_uri,
         data=config.data,
         split_column=config.train.split_column,
         split=config.train.val_split,
-        output=_evaluation_uri(config, labelled, digest),
+        output=output,
         group_by=config.group_by,
     )
-    return _once(config, "evaluate", _spec(job, digest, labelled), job, EvaluateResult, config.work, _has_model, until)
+    spec = _spec(job, digest, labelled)
+
+    def still_true(result: BaseModel) -> bool:
+        return _has_model(result) and storage.exists(storage.join(output, METRICS))
+
+    return _once(config, "evaluate", spec, job, EvaluateResult, config.work, still_true, until)
 
 
 def _evaluation_uri(config: TrainFlowConfig, labelled: str, digest: str) -> str:
@@ -104,7 +114,7 @@ def prune_stage(config: TrainFlowConfig, labelled: str, trained: TrainResult, un
     All that decides the level is in the folder's name: another choice may be another level, and must not take the place
     of a model that a record names.
     """
-    metrics = storage.join(_evaluation_uri(config, labelled, trained.digest), "metrics.json")
+    metrics = storage.join(_evaluation_uri(config, labelled, trained.digest), METRICS)
     choice = fingerprint({"tolerance": config.tolerance, "confidence": config.confidence, "metrics": metrics})
     job = PruneConfig(
         model=trained.model_uri,
@@ -274,17 +284,22 @@ def _predict_spec(job: PredictConfig) -> dict[str, object]:
 
 
 def _has_masks(result: BaseModel) -> bool:
-    """Whether every run of a finished `predict` is sealed, and every part of it in the table."""
+    """Whether every run of a finished `predict` is sealed, and every part of it in the table.
+
+    Of a compacted run, whose own parts may be removed or written over, the run that holds its rows now is asked for.
+    """
     assert isinstance(result, PredictResult)
     if result.status in ("interrupted", "failed"):
         return False
     output = result.table_uri.removesuffix("/table")
     for run in result.runs:
+        run_uri = storage.join(output, "runs", run)
         try:
-            sealed = storage.read_json(storage.join(output, "runs", run, "_SUCCESS.json"))
+            holder = compacted_into(run_uri) if state_of(run_uri) == "compacted" else run
+            sealed = storage.read_json(storage.join(output, "runs", holder, SUCCESS))
         except (FileNotFoundError, StorageError):
             return False
-        parts_uri = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", f"run={run}")
+        parts_uri = storage.join(result.table_uri, f"model=m{result.model_digest[:10]}", f"run={holder}")
         there = {entry.key: entry.size_bytes for entry in storage.list_objects(parts_uri, missing_ok=True)}
         if any(there.get(part["name"]) != part["size_bytes"] for part in sealed["parts"]):
             return False

@@ -44,10 +44,9 @@ def current(models: str) -> tuple[int, CurrentModel | None]:
 
 
 def promote(models: str, number: int, model: CurrentModel, source_uri: str) -> bool:
-    """Copy a model to `<models>/<digest>/` and make it number `number`; False if that number is taken."""
+    """Copy a model to `<models>/<digest>/` and make it number `number`; False if another one has that number."""
     storage.upload_folder(fetch_model(source_uri), model_uri(models, model.digest), last="config.json")
-    content = model.model_dump_json(indent=2).encode()
-    return storage.put_if_absent(storage.join(models, _name(number)), content)
+    return _put(models, number, model)
 
 
 def rollback(models: str) -> tuple[int, CurrentModel]:
@@ -68,7 +67,7 @@ def rollback(models: str) -> tuple[int, CurrentModel]:
         if not storage.exists(storage.join(model_uri(models, before.digest), "config.json")):
             raise ConfigError(f"{model_uri(models, before.digest)} is gone: {models} cannot go back to it")
         again = before.model_copy(update={"gate": f"rolled back from {now.digest[:10]} (number {number})"})
-        if storage.put_if_absent(storage.join(models, _name(number + 1)), again.model_dump_json(indent=2).encode()):
+        if _put(models, number + 1, again):
             return number + 1, again
 
 
@@ -81,6 +80,13 @@ def read(models: str, number: int) -> CurrentModel | None:
         return None
     except ValueError as error:
         raise StorageError(f"{uri} does not name a model: {error}; remove it or write the next number") from None
+
+
+def _put(models: str, number: int, model: CurrentModel) -> bool:
+    uri = storage.join(models, _name(number))
+    is_new = storage.put_if_absent(uri, model.model_dump_json(indent=2).encode())
+    # A refused write may be our own, if its first answer was lost; whoever else wrote the same did what was wanted.
+    return is_new or read(models, number) == model
 
 
 def _name(number: int) -> str:

@@ -10,6 +10,9 @@ import pytest
 from flows import publish, stages
 from flows.backfill import backfill
 from flows.config import BackfillConfig
+from jobs import compact, forget, gc, predict, registry, table
+from jobs.contract import CompactConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult
+from jobs.registry import CurrentModel
 from unetpp.errors import ConfigError, JobError, StorageError, TransientError
 
 NIGHTS = {"first": date(2026, 11, 24), "last": date(2026, 11, 26)}
@@ -45,3 +48,34 @@ def test_without_a_model_no_night_is_begun(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"models": str(tmp_path)})
     with pytest.raises(ConfigError, match="has no current model"):
         backfill.fn(config)
+
+
+def test_a_night_that_was_compacted_is_done_while_its_rows_are_there(
+    tiny_model: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path)
+    model = CurrentModel(digest="d" * 64, level=2, val_iou=0.5, labelled_fingerprint="f" * 64, gate="first")
+    where = {"model": str(tiny_model), "input": str(archive), "output": output}
+    how = {"backend": "inline", "threads": 1, "shard_images": 2}
+
+    def segment(*patterns: str) -> PredictResult:
+        return predict.run(PredictConfig.model_validate(where | how | {"include": patterns}))
+
+    night = segment("[a-e]*.png")
+    monkeypatch.setattr(registry, "current", lambda models: (1, model))
+    monkeypatch.setattr(stages, "_read", lambda uri, result_class: night)
+    assert stages.is_night_done(CONFIG, "20261124") == night
+
+    compact.run(CompactConfig(output=output))
+    forget.run(ForgetConfig(output=output, key="a.png"))  # also from the parts that were copied
+    assert stages.is_night_done(CONFIG, "20261124") == night
+
+    segment("*")
+    compact.run(CompactConfig(output=output))
+    gc.run(GcConfig(output=output, older_than_hours=0, delete=True))
+    (part,) = table.list_parts(output, None)
+    assert part.run == "r00004"
+    assert stages.is_night_done(CONFIG, "20261124") == night
+
+    Path(part.uri).unlink()
+    assert stages.is_night_done(CONFIG, "20261124") is None

@@ -253,6 +253,19 @@ def test_another_choice_of_a_level_leaves_the_first_ones_model(first_night: Nigh
     assert files_below(outcome.pruned.model_uri) == before
 
 
+def test_what_prune_chooses_by_is_measured_again_where_it_is_gone(
+    first_night: Night, night_config: NightlyConfig
+) -> None:
+    outcome, _ = first_night
+    config, labelled = train_config(night_config), stages.labelled_fingerprint(night_config.data)
+    trained, until = outcome.trained, time.monotonic() + 600
+    for metrics in Path(night_config.work).glob("evaluate/*/metrics.json"):
+        metrics.unlink()
+    stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest, until)
+    other = config.model_copy(update={"tolerance": 0.8})
+    assert stages.prune_stage(other, labelled, trained, until).level == 1
+
+
 def test_a_second_registry_gets_the_model_too(first_night: Night, night_config: NightlyConfig, tmp_path: Path) -> None:
     outcome, _ = first_night
     elsewhere = night_config.model_copy(update={"models": str(tmp_path)})

@@ -227,6 +227,39 @@ def test_at_the_deadline_the_job_is_stopped_and_the_next_start_goes_on() -> None
     assert ensured(cluster) == ("job-a1", False)
 
 
+class Stubborn(Cluster):
+    """Its jobs run on, whatever they are told; of the calls to stop one, the first `num_lost` fail."""
+
+    num_lost = 0
+
+    def ask_to_stop(self, submission_id: str) -> None:
+        self.stopped.append(submission_id)
+        if len(self.stopped) <= self.num_lost:
+            raise TransientError("the Ray cluster answers 502")
+
+
+@pytest.mark.parametrize(
+    ("num_lost", "said"), [(0, "it was told to stop, but had not ended"), (10**9, "it may run on")]
+)
+def test_a_job_that_runs_on_after_the_deadline_is_not_called_stopped(num_lost: int, said: str) -> None:
+    cluster = Stubborn(job=[RUNNING])
+    cluster.num_lost = num_lost
+    with pytest.raises(JobError, match=said) as ended:
+        followed(cluster, deadline=time.monotonic() - 1, stop_s=0.05)
+    assert ended.value.exit_code == ExitCode.INTERRUPTED
+
+
+def test_a_silent_cluster_is_told_to_stop_a_job_until_it_answers() -> None:
+    silence = TransientError("the Ray cluster answers 502")
+    cluster = Stubborn(job=[RUNNING, silence, silence, RUNNING, silence, STOPPED])
+    cluster.num_lost = 2
+    with pytest.raises(JobError, match="it was stopped"):
+        followed(cluster, deadline=time.monotonic() - 1)
+    assert cluster.stopped == ["job"] * 3
+    with pytest.raises(TransientError, match="502"):
+        stop(Stubborn(job=[silence]), "job", timeout_s=0.05, poll_s=0.001)
+
+
 def test_stopping_waits_for_the_end() -> None:
     cluster = Cluster(job=[RUNNING])
     assert stop(cluster, "job", poll_s=0.001) == STOPPED

@@ -15,6 +15,18 @@ def model_named(digest: str) -> CurrentModel:
 
 
 @pytest.fixture
+def lost_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every write that is carried out the answer is lost, and the second try finds the name taken."""
+    put_if_absent = storage.put_if_absent
+
+    def lose(uri: str, content: bytes) -> bool:
+        put_if_absent(uri, content)
+        return put_if_absent(uri, content)
+
+    monkeypatch.setattr(storage, "put_if_absent", lose)
+
+
+@pytest.fixture
 def exported_dir(tmp_path: Path) -> Path:
     """A folder with the three files of a model."""
     folder = tmp_path / "exported"
@@ -46,6 +58,15 @@ def test_the_highest_number_is_the_current_model(tmp_path: Path, exported_dir: P
 
 
 def test_a_number_is_given_once(tmp_path: Path, exported_dir: Path) -> None:
+    models = str(tmp_path / "models")
+    assert registry.promote(models, 1, model_named("a" * 64), str(exported_dir))
+    assert not registry.promote(models, 1, model_named("b" * 64), str(exported_dir))
+    assert registry.current(models) == (1, model_named("a" * 64))
+
+
+def test_a_promotion_whose_answer_was_lost_is_known_for_ours(
+    tmp_path: Path, exported_dir: Path, lost_answers: None
+) -> None:
     models = str(tmp_path / "models")
     assert registry.promote(models, 1, model_named("a" * 64), str(exported_dir))
     assert not registry.promote(models, 1, model_named("b" * 64), str(exported_dir))
@@ -101,6 +122,12 @@ def test_two_rollbacks_at_once_write_two_numbers(three_models: str, monkeypatch:
     monkeypatch.setattr(storage, "put_if_absent", late)
     number, model = registry.rollback(three_models)
     assert (number, model.digest) == (5, "c" * 64)  # from d, which had become current
+
+
+def test_a_rollback_whose_answer_was_lost_goes_back_once(three_models: str, lost_answers: None) -> None:
+    number, model = registry.rollback(three_models)
+    assert (number, model.digest) == (4, "b" * 64)
+    assert registry.current(three_models) == (4, model)
 
 
 def test_a_model_that_is_gone_cannot_be_gone_back_to(three_models: str) -> None:
