@@ -23,6 +23,7 @@ from flows.ray_jobs import State
 from jobs import models, registry, storage
 from jobs.config_file import write_command
 from jobs.contract import (
+    METRICS,
     EvaluateConfig,
     EvaluateResult,
     ExitCode,
@@ -38,16 +39,13 @@ from jobs.contract import (
 )
 from jobs.labelled import find_set
 from jobs.registry import CurrentModel
-from jobs.run_records import SUCCESS, compacted_into, state_of
+from jobs.run_records import SUCCESS, holder_of
 from jobs.watch import Watch
 from unetpp.errors import ConfigError, JobError, StorageError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", bound=BaseModel)
-
-METRICS = "metrics.json"
-"""What `evaluate` writes and `prune` chooses by."""
 
 
 def labelled_fingerprint(data: str) -> str:
@@ -293,9 +291,8 @@ def _has_masks(result: BaseModel) -> bool:
         return False
     output = result.table_uri.removesuffix("/table")
     for run in result.runs:
-        run_uri = storage.join(output, "runs", run)
         try:
-            holder = compacted_into(run_uri) if state_of(run_uri) == "compacted" else run
+            holder = holder_of(storage.join(output, "runs", run))
             sealed = storage.read_json(storage.join(output, "runs", holder, SUCCESS))
         except (FileNotFoundError, StorageError):
             return False

@@ -219,6 +219,10 @@ ACCURATE, ACCURATE_FLIPS = "accurate", "accurate+flips"
 """Names of accurate mode's outputs, beside L1 to L4."""
 
 
+METRICS = "metrics.json"
+"""What `evaluate` writes below its output, and `prune` may choose by."""
+
+
 class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 

@@ -140,7 +140,8 @@ def _replace(path: str, write_to: Callable[[str], None], scratch_dir: str | None
     temporary = os.path.join(folder if scratch_dir is None else scratch_dir, f".{name[:60]}.{uuid.uuid4().hex}")
     with _translated(path, writes=True):
         os.makedirs(folder or ".", exist_ok=True)
-        os.makedirs(scratch_dir or ".", exist_ok=True)
+        if scratch_dir is not None:
+            os.makedirs(scratch_dir, exist_ok=True)
         try:
             write_to(temporary)
             os.replace(temporary, path)

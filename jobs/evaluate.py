@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from jobs import storage
-from jobs.contract import ACCURATE, ACCURATE_FLIPS, EvaluateConfig, EvaluateResult, LevelReport, Score
+from jobs.contract import ACCURATE, ACCURATE_FLIPS, METRICS, EvaluateConfig, EvaluateResult, LevelReport, Score
 from jobs.dataset import load, open_labelled_set
 from jobs.frontier import frontier_png
 from jobs.labelled import Sample
@@ -184,7 +184,7 @@ def _group_scores(
 
 
 def _write_outputs(output: str, result: EvaluateResult) -> None:
-    storage.write_bytes(storage.join(output, "metrics.json"), result.model_dump_json(indent=2).encode())
+    storage.write_bytes(storage.join(output, METRICS), result.model_dump_json(indent=2).encode())
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     quality_columns = ["mean_iou", "iou_low", "iou_high", "mean_dice", "pooled_iou"]

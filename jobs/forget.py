@@ -69,16 +69,16 @@ def _forget_in_runs(output: str, config: ForgetConfig, runs: Mapping[str, State]
     )
     for name in having:  # the report may show the image, and of a compacted run it cannot be made anew
         storage.delete(storage.join(output, "runs", name, "report.html"))
+    pngs = [uri for name, rows in having.items() for uri in _pngs(output, records[name], rows)]
     with storage.io_threads() as threads:
-        list(
-            threads.map(storage.delete, [uri for name in having for uri in _pngs(output, records[name], having[name])])
-        )
+        list(threads.map(storage.delete, pngs))
     num_rows = {}
     for name in having:
-        parts = table.list_parts(output, records[name].model_digest, name)
-        for part in [part for part, num in _counts(parts, config).items() if num]:
-            _forget_in(part, output)
-        num_rows[name] = sum(_counts(parts, config).values())
+        counts = _counts(table.list_parts(output, records[name].model_digest, name), config)
+        for part, count in counts.items():
+            if count:
+                _forget_in(part, output)
+        num_rows[name] = sum(counts.values())
     for name in having:
         if runs[name] == "sealed":
             archive = Archive.of(storage.join(output, "runs", name), records[name])
@@ -119,11 +119,9 @@ def _refuse_unfinished(run_uri: str, record: RunRecord, state: State, key: str) 
 
 
 def _pngs(output: str, record: RunRecord, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Where a run puts the PNGs of rows of its manifest."""
-    for row in rows:
-        window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
-        source = row["source"] if len(record.sources) > 1 else None
-        mask = sink.png_uri(output, record.model_digest, record.run, row["key"], window, source)
+    """Where a run puts the PNGs of rows of its manifest, if it writes any."""
+    for row in rows if "png" in record.write else ():
+        mask = sink.png_uri(output, record.model_digest, record.run, row, row["source"], len(record.sources))
         yield from (mask, sink.probability_uri(mask))
 
 

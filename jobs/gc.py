@@ -14,7 +14,7 @@ import numpy as np
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
 from jobs.manifest import find
-from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, compacted_into, list_runs, read_record
+from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, holder_of, list_runs, read_record
 from jobs.runs import is_being_given_up
 from jobs.storage import SCRATCH
 
@@ -57,7 +57,7 @@ def _garbage(output: str, min_age_s: float) -> Garbage:
         if is_over:
             named = _names(output, record.model_digest, run).get(run, Names())
             if state == "compacted":
-                by = compacted_into(run_uri)
+                by = holder_of(run_uri)
                 if by not in copies:
                     copies[by] = _names(output, record.model_digest, by)
                 named += copies[by].get(run, Names())

@@ -3,7 +3,7 @@
 from jobs import storage, table
 from jobs.contract import PredictResult, RebuildConfig
 from jobs.finish import write_up
-from jobs.run_records import compacted_into, read_record, state_of
+from jobs.run_records import holder_of, read_record, state_of
 from jobs.runs import Archive, pending_shards
 from unetpp.errors import ConfigError
 
@@ -14,7 +14,7 @@ def run(config: RebuildConfig) -> PredictResult:
     record = read_record(run_uri)
     archive = Archive.of(run_uri, record)
     if (state := state_of(run_uri)) == "compacted":
-        raise ConfigError(f"run {record.run} was compacted: {compacted_into(run_uri)} holds its rows; rebuild that one")
+        raise ConfigError(f"run {record.run} was compacted: {holder_of(run_uri)} holds its rows; rebuild that one")
     if state == "abandoned":
         raise ConfigError(f"run {record.run} was abandoned: it has no result, and what it committed is in the table")
     if pending := pending_shards(archive, record):

@@ -6,7 +6,7 @@ rewritten, and `read_masks` shows the newest row of every image.
 
 from jobs import predict, storage
 from jobs.contract import PredictConfig, PredictResult, RetryConfig
-from jobs.run_records import compacted_into, output_of, read_record, state_of
+from jobs.run_records import holder_of, output_of, read_record, state_of
 from unetpp.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def run(config: RetryConfig) -> PredictResult:
     run_uri = storage.canonical(config.run)
     record = read_record(run_uri)
     if state_of(run_uri) == "compacted":
-        raise ConfigError(f"run {record.run} was compacted: {compacted_into(run_uri)} holds its rows; retry that one")
+        raise ConfigError(f"run {record.run} was compacted: {holder_of(run_uri)} holds its rows; retry that one")
     said = {
         name: getattr(config, name) for name in ("model", "max_pixels", "pages") if getattr(config, name) is not None
     }

@@ -35,9 +35,7 @@ def begin(task: "Task", outcome: "Outcome") -> Begun:
     row = row_of(task, outcome)
     if "png" not in task.config.write or row["error_code"] is not None:
         return Begun(row)
-    window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
-    folder = outcome.row.source if len(task.sources) > 1 else None
-    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row["key"], window, folder)
+    uri = sink.png_uri(task.output_uri, task.model_digest, task.run, row, outcome.row.source, len(task.sources))
     row["mask_uri"] = storage.plain(uri)
     begun = [puts.begin(uri, row["mask_png"], root=task.output_uri)]
     if (probability := row["probability_png"]) is not None:

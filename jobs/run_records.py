@@ -79,11 +79,11 @@ def _state(names: Collection[str]) -> State:
     return "abandoned" if ABANDONED in names else "open"
 
 
-def compacted_into(run_uri: str) -> str:
-    """The run that holds the rows of a compacted run now. StorageError where its marker is damaged."""
-    found = _read_marker(run_uri)
-    following = storage.join(output_of(run_uri), "runs", found)
-    return compacted_into(following) if state_of(following) == "compacted" else found
+def holder_of(run_uri: str) -> str:
+    """The run that holds the rows of a run now: itself, unless it was compacted. StorageError for a damaged marker."""
+    if not storage.exists(storage.join(run_uri, COMPACTED)):
+        return run_uri.rpartition("/")[2]
+    return holder_of(storage.join(output_of(run_uri), "runs", _read_marker(run_uri)))
 
 
 def _read_marker(run_uri: str) -> str:

@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -108,15 +108,20 @@ def part_name(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
-def png_uri(
-    output: str, digest: str, run: str, key: str, window: tuple[int, int] | None = None, source: int | None = None
-) -> str:
-    """Where the mask of an image, or of its window at (y, x), goes as a PNG.
+def png_uri(output: str, digest: str, run: str, row: Mapping[str, Any], source: int, num_sources: int) -> str:
+    """Where the mask of an image, or of its window, goes as a PNG.
 
-    In a run of several sources, which may share keys, each has a folder of its own: `source` is its number.
+    Args:
+        output: where the table is.
+        digest: the model's.
+        run: the run's name.
+        row: of the table or of the manifest, by column.
+        source: which of the run's sources.
+        num_sources: how many it has. Several may share keys, so each has a folder of its own then.
     """
-    folder = [] if source is None else [f"source-{source}"]
-    return storage.join(pngs_uri(output, digest, run), *folder, png_key(key, window))
+    window = (row["window_y"], row["window_x"]) if row["num_windows"] > 1 else None
+    folder = [f"source-{source}"] if num_sources > 1 else []
+    return storage.join(pngs_uri(output, digest, run), *folder, png_key(row["key"], window))
 
 
 def split_mask_uri(mask_uri: str, digest: str) -> tuple[str, str]:

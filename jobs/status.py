@@ -31,7 +31,7 @@ def run(config: StatusConfig) -> StatusResult:
         model_digest=record.model_digest,
         opened_at=record.opened_at,
         parent=record.parent,
-        compacted_into=run_records.compacted_into(run_uri) if state == "compacted" else None,
+        compacted_into=run_records.holder_of(run_uri) if state == "compacted" else None,
         num_shards=record.num_shards,
         num_shards_done=len(done),
         num_images=record.num_images,

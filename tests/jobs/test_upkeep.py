@@ -41,7 +41,7 @@ from jobs.contract import (
     RebuildConfig,
 )
 from jobs.members import Member
-from jobs.run_records import State, list_runs
+from jobs.run_records import State, list_runs, read_record
 from jobs.runs import Archive, Opening, open_run
 from jobs.sink import png_key
 from jobs.sources import Source
@@ -350,6 +350,11 @@ def test_an_image_is_not_forgotten_while_a_run_that_has_it_is_being_given_up(
     with pytest.raises(ConfigError, match=r"r00002 has 'a\.png' to do and is being given up.*unetpp abandon .*r00002"):
         forget.run(ForgetConfig(output=output, key="a.png"))
     abandon.run(AbandonConfig(run=run_uri))
+    record = read_record(run_uri)
+    held = lease.take(Archive.of(run_uri, record), record, 60.0)
+    assert held is not None
+    with held, pytest.raises(ConfigError, match=r"process \d+ on .* still works on run r00002, .* 60 s if it is dead"):
+        forget.run(ForgetConfig(output=output, key="a.png"))
     assert forget.run(ForgetConfig(output=output, key="a.png")).num_rows >= 1
 
 
