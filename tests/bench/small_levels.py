@@ -44,7 +44,7 @@ def main() -> None:
     """Train every variant from the same weights with the same crops, and write its levels' quality."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--config", default="infra/recipes/nuclei_cpu_frozen.yaml")
+    parser.add_argument("--config", default="infra/recipes/nuclei_cpu_192px.yaml")
     parser.add_argument("--init", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
