@@ -50,6 +50,9 @@ LABELLED_DATA = (
 SPLIT_COLUMN = "column that names the split of an image: of splits.csv, of Parquet, or a key of COCO images"
 
 
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""NumPy takes no negative seed, torch none of more than 64 bits."""
+
 WorkerBounds = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
@@ -113,7 +116,7 @@ class TrainOptions(Frozen):
         0.0, description="share of crops around a random foreground pixel; the others lie anywhere in their image"
     )
     augment: AugmentConfig = AugmentConfig()
-    seed: int = Field(0, description="of the first weights, the crops and their augmentation")
+    seed: Seed = Field(0, description="of the first weights, the crops and their augmentation")
     num_workers: WorkerBounds = Field(
         1, description="processes that share every batch; [1, 8]: as many as there is room for, and one is enough"
     )
@@ -237,7 +240,7 @@ class EvaluateConfig(Frozen):
         False, description="also measure accurate mode over the four mirror images; four passes, not one"
     )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
-    seed: int = Field(0, description="of the bootstrap")
+    seed: Seed = Field(0, description="of the bootstrap")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
@@ -305,7 +308,7 @@ class PruneConfig(Frozen):
         0.95, description="one-sided confidence, over images, that the loss is within the tolerance"
     )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
-    seed: int = Field(0, description="of the bootstrap")
+    seed: Seed = Field(0, description="of the bootstrap")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
@@ -353,7 +356,7 @@ class QuantiseConfig(Frozen):
     refusal_ok: bool = Field(False, description="exit 0 although int8 lost too much: the result says so")
     num_crops: Annotated[int, Field(ge=1)] = Field(200, description="crops that value ranges are measured on")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(128, description="side of such a crop")
-    seed: int = Field(0, description="of the crops")
+    seed: Seed = Field(0, description="of the crops")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
@@ -889,7 +892,7 @@ class SynthConfig(Frozen):
     )
     num: Annotated[int, Field(ge=1, le=1_000_000)] = Field(64, description="number of images")
     size: Annotated[int, Field(ge=16, le=8192)] = Field(192, description="side of an image, pixels")
-    seed: int = Field(0, description="of the whole set: equal seeds give equal bytes")
+    seed: Seed = Field(0, description="of the whole set: equal seeds give equal bytes")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 

@@ -170,6 +170,17 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
             [*TRAIN, "--crop-px", "100"],
             "crop_px: saw 100, wanted a whole number of at least 16 and that is a multiple of 16",
         ),
+        *(
+            ([*words, "--seed", seed], f"seed: saw {seed}, wanted a whole number from 0 to 9223372036854775807")
+            for words, seed in (
+                (TRAIN, "-1"),
+                (TRAIN, str(2**64)),
+                (["evaluate", "--model", "m", "--data", "d"], "-1"),
+                (["prune", "--model", "m", "--out", "o", "--level", "1"], "-1"),
+                (["quantise", "--model", "m", "--data", "d"], "-1"),
+                (["synth", "--out", "o"], "-1"),
+            )
+        ),
         ([*TRAIN, "--set", "augment.gamma=[1,x]"], "augment.gamma[1]: saw 'x', wanted a number"),
         ([*TRAIN, "--set", "augment=3"], None),
         ([*TRAIN, "--model.filters", "8,16"], "model: level 4 needs 5 filters, got 2"),
