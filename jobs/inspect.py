@@ -77,7 +77,7 @@ def _group_values(looks: Sequence[Look], column: str | None) -> tuple[GroupValue
     """What the images of every split and group hold."""
     by_group: dict[tuple[str, str], list[Look]] = {}
     for look in looks:
-        group = look.sample.groups.get(column, "") if column else ""
+        group = look.sample.group(column) if column else ""
         by_group.setdefault((look.sample.split, group), []).append(look)
     return tuple(_values(split, group, by_group[split, group]) for split, group in sorted(by_group))
 
@@ -114,7 +114,7 @@ def _table(looks: Sequence[Look], codes: Sequence[Sequence[str]], column: str | 
     names = ["id", "split", column or "group", "height", "width", "pixel_type", "low", "high", "mean", "foreground"]
     table.writerow([*names, "findings", "why"])
     for look, found in zip(looks, codes, strict=True):
-        group = look.sample.groups.get(column, "") if column else ""
+        group = look.sample.group(column) if column else ""
         height, width = look.size or ("", "")
         values = (look.low, look.high, look.mean, look.foreground)
         numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in values]

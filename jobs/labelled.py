@@ -80,8 +80,8 @@ class Sample(Frozen):
     row: ParquetRow | None = None
 
     def group(self, column: str | None) -> str:
-        """Its group in a column; "none" where it has none, which JSON and Parquet allow."""
-        return self.groups.get(column or "", "none")
+        """Its group in a column; "none" where it has none: an empty cell, or a key that its entry lacks."""
+        return self.groups.get(column or "") or "none"
 
 
 class LabelledSet(Frozen):

@@ -150,13 +150,20 @@ def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> 
         evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), group_by="stain"))
 
 
-def test_an_image_without_a_group_is_in_one_of_its_own() -> None:
+def test_an_image_without_a_group_is_in_one_of_its_own(model_dir: Path, tmp_path: Path) -> None:
     grouped = [
         Sample(id=id_, image_uri="", mask_uri="", split="", groups=of)
         for id_, of in (("a", {}), ("b", {"modality": "fluorescence"}))
     ]
     assert group_column(grouped, None) == "modality"
     assert [sample.group("modality") for sample in grouped] == ["none", "fluorescence"]
+    data = tmp_path / "data"
+    synthesise(SynthConfig(out=str(data), num=4, size=32))
+    text = (data / "splits.csv").read_text()
+    (data / "splits.csv").write_text(text.replace("brightfield", ""))
+    evaluate(EvaluateConfig(model=str(model_dir), data=str(data), output=str(tmp_path / "out"), num_bootstrap=100))
+    rows = list(csv.DictReader((tmp_path / "out" / "levels.csv").open()))
+    assert [(row["group"], row["images"]) for row in rows[:3]] == [("", "4"), ("fluorescence", "2"), ("none", "2")]
 
 
 def prune_config(tolerance: float, **fields: object) -> PruneConfig:
