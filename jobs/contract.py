@@ -64,8 +64,8 @@ class TrainOptions(Frozen):
     )
     model: ModelConfig = ModelConfig()
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    train_split: str = Field("train", description="rows of splits.csv to train on")
-    val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
+    train_split: str = Field("train", description="split to train on")
+    val_split: str = Field("val", description="split to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
     batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers, however many")
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
@@ -103,13 +103,13 @@ class TrainOptions(Frozen):
         0.0, description="share of a shallower head's loss that is measured against the teacher's probabilities"
     )
     teacher: Literal["deepest", "mean"] = Field("deepest", description="whose probabilities: one head's, or the mean")
-    balance_by: str | None = Field(None, description="column of splits.csv whose groups are sampled by group_weights")
+    balance_by: str | None = Field(None, description="column of the set whose groups are sampled by group_weights")
     group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="share of crops a group of balance_by; default: equal"
     )
     balance_within: str | None = Field(
         None,
-        description="column of splits.csv, such as the field of view, whose groups are equally likely within those of "
+        description="column of the set, such as the field of view, whose groups are equally likely within those of "
         "balance_by",
     )
     foreground: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -232,10 +232,10 @@ class EvaluateConfig(Frozen):
     model: str = Field(description="model folder or URI")
     data: str = Field(description=LABELLED_DATA)
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
+    split: str | None = Field(None, description="split to measure on; default: every image")
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
-    group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    group_by: str | None = Field(None, description="column of the set to report by; default: modality if there")
     flips: bool = Field(
         False, description="also measure accurate mode over the four mirror images; four passes, not one"
     )
@@ -300,7 +300,7 @@ class PruneConfig(Frozen):
     )
     data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field("val", description="rows of splits.csv to choose on")
+    split: str | None = Field("val", description="split to choose on")
     metrics: str | None = Field(
         None, description="metrics.json of an evaluation of this model to choose by, instead of data"
     )
@@ -346,9 +346,9 @@ class QuantiseConfig(Frozen):
     )
     level: Level | None = Field(None, description="this level alone; default: every head that the model has")
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field("val", description="rows of splits.csv to measure on")
-    calibration_split: str | None = Field("train", description="rows of splits.csv to cut the crops from")
-    group_by: str | None = Field(None, description="column of splits.csv to judge by; default: modality if there")
+    split: str | None = Field("val", description="split to measure on")
+    calibration_split: str | None = Field("train", description="split to cut the crops from")
+    group_by: str | None = Field(None, description="column of the set to judge by; default: modality if there")
     max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(0.002, description=MAX_IOU_DROP)
     max_group_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.005, description=f"the same in every group of {MIN_GUARDED_IMAGES} images or more"

@@ -19,7 +19,7 @@ from jobs import storage
 from jobs.contract import ACCURATE, ACCURATE_FLIPS, METRICS, EvaluateConfig, EvaluateResult, LevelReport, Score
 from jobs.dataset import load, open_labelled_set
 from jobs.frontier import frontier_png
-from jobs.labelled import Sample
+from jobs.labelled import Sample, group_column
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged
@@ -162,16 +162,6 @@ def _score(counts: Sequence[Counts], config: EvaluateConfig) -> Score:
         mean_dice_interval=bootstrap_interval(dices, **options),
         pooled_iou=iou(np.sum(counts, axis=0)),
     )
-
-
-def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
-    """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
-    columns = sorted({column for sample in samples for column in sample.groups})
-    if group_by is None:
-        return "modality" if "modality" in columns else None
-    if group_by not in columns:
-        raise ConfigError(f"group_by is {group_by!r}; splits.csv has the columns {', '.join(columns) or 'none'}")
-    return group_by
 
 
 def _group_scores(

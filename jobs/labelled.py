@@ -16,7 +16,7 @@ Flows ask here whether a set is new: this imports neither numpy nor torch.
 import csv
 import hashlib
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -200,6 +200,24 @@ def hashed_split(listing: Listing, id_: str, split_column: str) -> str:
 def groups_of(row: dict[str, str], split_column: str) -> dict[str, str]:
     """The columns of a row that are neither id nor split."""
     return {column: value for column, value in row.items() if column not in ("id", split_column)}
+
+
+def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
+    """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
+    if group_by is None:
+        return "modality" if any("modality" in sample.groups for sample in samples) else None
+    refuse_absent_column(samples, group_by, "group_by")
+    return group_by
+
+
+def refuse_absent_column(samples: Sequence[Sample], column: str, setting: str) -> None:
+    """ConfigError where none of the samples has the column that a setting names to group by."""
+    columns = sorted({column for sample in samples for column in sample.groups})
+    if column not in columns:
+        raise ConfigError(
+            f"{setting} is {column!r}; the set has the columns {', '.join(columns) or 'none'}: name one of those, "
+            "or leave it out"
+        )
 
 
 def some_lack(listing: Listing, code: str, ids: Collection[str], what: str) -> Iterator[Problem]:

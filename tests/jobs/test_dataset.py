@@ -280,6 +280,11 @@ def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
     for image, share in zip(images, np.diff(edges), strict=True):
         shares[image.sample.groups["modality"]] += share
     assert shares == pytest.approx(weights)
+    del images[0].sample.groups["modality"]  # as of an entry of a COCO file
+    with pytest.raises(
+        ConfigError, match=r"the training images have modality \['brightfield', 'fluorescence', 'none'\]"
+    ):
+        CropSampler(images, train_config(data_dir, balance_by="modality", group_weights=weights))
 
 
 def test_fields_of_a_group_are_drawn_equally_and_images_of_a_field_share_it(data_dir: Path) -> None:
@@ -336,8 +341,8 @@ def test_a_crop_holds_the_values_that_prediction_sees(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"balance_by": "stain"}, "balance_by: splits.csv of .* has no column 'stain'"),
-        ({"balance_within": "field"}, "balance_within: splits.csv of .* has no column 'field'"),
+        ({"balance_by": "stain"}, "balance_by is 'stain'; the set has the columns modality: name one"),
+        ({"balance_within": "field"}, "balance_within is 'field'; the set has the columns modality: name one"),
         ({"balance_by": "modality", "group_weights": {"fluorescence": 1.0}}, "group_weights names"),
     ],
 )

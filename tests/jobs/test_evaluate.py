@@ -13,10 +13,9 @@ from rich.console import Console
 from jobs.calibrate import calibrate
 from jobs.contract import EvaluateConfig, PruneConfig, SynthConfig
 from jobs.dataset import load, open_labelled_set
-from jobs.evaluate import group_column
 from jobs.evaluate import run as evaluate
 from jobs.frontier import frontier_png
-from jobs.labelled import Sample
+from jobs.labelled import Sample, group_column
 from jobs.prune import choose_level, compare_levels
 from jobs.prune import run as prune
 from jobs.summary import group_table
@@ -146,7 +145,7 @@ def test_quality_is_shown_by_group_with_its_interval_and_without_one_for_a_singl
 
 
 def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"group_by is 'stain'; splits\.csv has the columns modality"):
+    with pytest.raises(ConfigError, match=r"group_by is 'stain'; the set has the columns modality: name"):
         evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), group_by="stain"))
 
 
