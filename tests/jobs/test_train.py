@@ -20,7 +20,7 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import run
+from jobs.train import look_for_room, run
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig
@@ -219,6 +219,31 @@ def test_two_workers_share_a_stream(data_dir: Path, tmp_path: Path) -> None:
     result = run(config(data_dir, tmp_path, cache="stream", num_workers=2, balance_by="modality"))
     assert result.steps == 6
     assert all(value > 0 for value in losses(result))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"num_workers": 2, "device": "cuda"}, "at least 2 with 1 GPU each, this machine has 0 GPU; ask for fewer, or"),
+        ({"num_workers": [3, 4], "threads_per_worker": 2}, "at least 3 with 2 CPU each, this machine has 4 CPU; ask"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_at_once(
+    data_dir: Path, tmp_path: Path, asked: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"num_workers asks for {sentence}"):
+        run(config(data_dir, tmp_path, **asked))
+
+
+def test_what_the_cluster_lacks_is_said_before_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    look_for_room(1, {"CPU": 4})
+    assert not caplog.messages
+    look_for_room(2, {"CPU": 1, "GPU": 1})
+    (message,) = caplog.messages
+    assert "at least 2 with 1 GPU each, the cluster has 0 GPU; ask for fewer, or set device to cpu; waiting" in message
 
 
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:
