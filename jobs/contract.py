@@ -160,6 +160,10 @@ class TrainOptions(Frozen):
             raise ValueError(f"class_weights must be {num_weights} values, not all 0, got {list(self.class_weights)}")
         if self.freeze_norm and self.init is None:
             raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
+        if self.compile and self.recompute:
+            raise ValueError(
+                "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out"
+            )
         return self
 
     @property

@@ -183,6 +183,10 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
         ),
         ([*TRAIN, "--set", "augment.gamma=[1,x]"], "augment.gamma[1]: saw 'x', wanted a number"),
         ([*TRAIN, "--set", "augment=3"], None),
+        (
+            [*TRAIN, "--compile", "--recompute"],
+            "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out",
+        ),
         ([*TRAIN, "--model.filters", "8,16"], "model: level 4 needs 5 filters, got 2"),
         ([*TRAIN, "--set", "seed"], "--set seed: wanted a key, `=` and a value, such as --set model.level=3"),
         (
