@@ -160,6 +160,11 @@ class TrainOptions(Frozen):
             raise ValueError(f"class_weights must be {num_weights} values, not all 0, got {list(self.class_weights)}")
         if self.freeze_norm and self.init is None:
             raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
+        if self.distillation > 0 and len(self.model.head_levels) == 1:
+            raise ValueError(
+                f"distillation {self.distillation:g} teaches shallower heads, and the model's only head is at level "
+                f"{self.model.level}; leave it out, or take deep_supervision and a deeper level"
+            )
         if self.compile and self.recompute:
             raise ValueError(
                 "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out"

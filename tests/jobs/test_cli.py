@@ -184,6 +184,11 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
         ([*TRAIN, "--set", "augment.gamma=[1,x]"], "augment.gamma[1]: saw 'x', wanted a number"),
         ([*TRAIN, "--set", "augment=3"], None),
         (
+            [*TRAIN, "--distillation", "0.3", "--model.no-deep-supervision"],
+            "distillation 0.3 teaches shallower heads, and the model's only head is at level 4; leave it out, or take "
+            "deep_supervision and a deeper level",
+        ),
+        (
             [*TRAIN, "--compile", "--recompute"],
             "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out",
         ),
