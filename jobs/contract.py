@@ -158,6 +158,8 @@ class TrainOptions(Frozen):
         num_weights = max(2, self.model.num_classes)
         if self.class_weights is not None and (len(self.class_weights) != num_weights or not any(self.class_weights)):
             raise ValueError(f"class_weights must be {num_weights} values, not all 0, got {list(self.class_weights)}")
+        if self.max_seconds == 0:
+            raise ValueError(f"max_time {self.max_time} leaves no time to train: give more, or leave it out")
         if self.freeze_norm and self.init is None:
             raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
         if self.distillation > 0 and len(self.model.head_levels) == 1:

@@ -188,6 +188,7 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
             "distillation 0.3 teaches shallower heads, and the model's only head is at level 4; leave it out, or take "
             "deep_supervision and a deeper level",
         ),
+        ([*TRAIN, "--max-time", "0h"], "max_time 0h leaves no time to train: give more, or leave it out"),
         (
             [*TRAIN, "--compile", "--recompute"],
             "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out",
