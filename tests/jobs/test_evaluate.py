@@ -248,6 +248,13 @@ def test_a_pruned_model_keeps_the_calibration_of_its_head(model_dir: Path, data_
     assert pruned.model.temperature == {2: found[2].temperature}
 
 
+def test_a_model_is_not_pruned_in_its_own_place(model_dir: Path, tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(model_dir), tmp_path / "full")
+    with pytest.raises(ConfigError, match=r"out is .*full/, where the model itself is: .*; name another folder"):
+        prune(PruneConfig(model=str(tmp_path / "full"), level=2, out=f"{tmp_path}/full/"))
+    assert from_pretrained(tmp_path / "full").config.level == 3
+
+
 def test_an_evaluation_serves_the_choice_as_well_as_its_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), split="train", output=str(tmp_path)))
     asked = {"model": str(model_dir), "tolerance": 0.01, "out": str(tmp_path / "pruned")}
