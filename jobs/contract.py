@@ -162,6 +162,12 @@ class TrainOptions(Frozen):
             raise ValueError(f"max_time {self.max_time} leaves no time to train: give more, or leave it out")
         if self.freeze_norm and self.init is None:
             raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
+        if self._computes_single_values():
+            raise ValueError(
+                f"a crop of {self.crop_px} px is 1 pixel at level {self.model.level}, and a worker may compute one "
+                "crop alone: BatchNorm has nothing to normalise by; take a larger crop_px, batch_size or micro_batch, "
+                "fewer num_workers, or model.norm none"
+            )
         if self.distillation > 0 and len(self.model.head_levels) == 1:
             raise ValueError(
                 f"distillation {self.distillation:g} teaches shallower heads, and the model's only head is at level "
@@ -172,6 +178,16 @@ class TrainOptions(Frozen):
                 "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out"
             )
         return self
+
+    def _computes_single_values(self) -> bool:
+        """Whether BatchNorm may be given a single value a channel, from which it makes no statistics."""
+        model, (fewest, most) = self.model, self.worker_bounds
+        deepest_px = -(-self.crop_px // model.pad_multiple) * model.pad_multiple // model.stride
+        if deepest_px > 1 or model.norm == "none" or self.freeze_norm:
+            return False
+        batch, micro = self.batch_size, self.micro_batch or self.batch_size
+        shares = {share for number in range(fewest, most + 1) for share in (batch // number, -(-batch // number))}
+        return micro == 1 or any(share % micro == 1 for share in shares)
 
     @property
     def worker_bounds(self) -> tuple[int, int]:

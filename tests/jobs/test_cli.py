@@ -189,6 +189,15 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
             "deep_supervision and a deeper level",
         ),
         ([*TRAIN, "--max-time", "0h"], "max_time 0h leaves no time to train: give more, or leave it out"),
+        *(
+            (
+                [*TRAIN, "--crop-px", "16", *words],
+                "a crop of 16 px is 1 pixel at level 4, and a worker may compute one crop alone: BatchNorm has nothing "
+                "to normalise by; take a larger crop_px, batch_size or micro_batch, fewer num_workers, or model.norm "
+                "none",
+            )
+            for words in (["--batch-size", "1"], ["--micro-batch", "5"], ["--set", "num_workers=[1, 16]"])
+        ),
         (
             [*TRAIN, "--compile", "--recompute"],
             "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out",
