@@ -21,6 +21,7 @@ from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
 from jobs.train import look_for_room, run
+from jobs.train_worker import Worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig
@@ -160,6 +161,18 @@ def test_a_budget_of_time_ends_in_a_model(data_dir: Path, tmp_path: Path) -> Non
     with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
         *_, last = csv.DictReader(table)
     assert float(last["learning_rate"]) < 2e-4  # it fell in time
+
+
+def test_an_epoch_without_time_for_a_step_asks_the_other_workers_for_nothing(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(data_dir, "unused", max_time="1h", num_workers=2)
+    worker = Worker.__new__(Worker)
+    worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 2, 3
+    worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
+    monkeypatch.setattr(worker, "_seconds", lambda: 3600.0)
+    assert worker._steps(0) == ([], [])  # there is no process group to ask
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
