@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import storage
 from jobs.labelled import (
@@ -33,13 +33,19 @@ from unetpp.errors import ConfigError, ImageError
 COCO_KEYS = frozenset({"id", "file_name", "width", "height", "license", "flickr_url", "coco_url", "date_captured"})
 
 
+def _named(file_name: str) -> str:
+    if not PurePosixPath(file_name).name:
+        raise ValueError(f"saw {file_name!r}, wanted the name of a file in images/")
+    return file_name
+
+
 class Entry(BaseModel):
     """An image as the JSON has it."""
 
     model_config = ConfigDict(extra="allow")
 
     id: int | str
-    file_name: str
+    file_name: Annotated[str, AfterValidator(_named)]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
 
@@ -105,7 +111,7 @@ def _read(uri: str, etag: str) -> Annotations:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{uri} is no COCO file: {where}: {first['msg']}") from None
+        raise ConfigError(f"{uri} is no COCO file: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise ConfigError(f"{uri} is no JSON: {error}") from None
     categories = sorted(category.id for category in content.categories)

@@ -239,6 +239,10 @@ def number_twice(place: Path, content: Json) -> None:
     content["images"][3]["id"] = 2
 
 
+def drop_name(place: Path, content: Json) -> None:
+    content["images"][2]["file_name"] = ""
+
+
 def drop_sizes(place: Path, content: Json) -> None:
     del content["images"][2]["width"]
 
@@ -251,6 +255,7 @@ def drop_sizes(place: Path, content: Json) -> None:
         (swap_size, r"mask .*annotations.json#synth-000002.png is 47 x 48 pixels, its image .* is 48 x 48"),
         (name_twice, "has the file_name 'synth-000002' twice"),
         (number_twice, "has the image id 2 twice"),
+        (drop_name, r"is no COCO file: images.2.file_name: saw '', wanted the name of a file in images/"),
         (drop_sizes, r"is no COCO file: images.2.width: Field required"),
     ],
 )
