@@ -8,7 +8,6 @@ images/ that the JSON does not name do not belong to the set. `jobs.coco_shapes`
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Annotated, Any, NamedTuple
@@ -17,16 +16,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from jobs import storage
 from jobs.labelled import (
+    SPLITS,
     CocoImage,
     Listed,
     Listing,
-    Problem,
     Sample,
     groups_of,
     hashed_split,
+    ids_with_split,
     read_splits,
     rows_without_image,
     some_lack,
+    without_split,
 )
 from unetpp.errors import ConfigError, ImageError
 
@@ -144,12 +145,12 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
     by_id = {entry.sample_id: entry for entry in annotations(uri, etag).entries.values()}
     files = {id_ for id_, entry in by_id.items() if f"images/{entry.file_name}" in listing.objects}
     rows = read_splits(listing, split_column)
-    in_splits = rows is not None
+    where = listing.annotations if rows is None else SPLITS
     if rows is None:
-        rows = {id_: row for id_, entry in by_id.items() if split_column in (row := entry.row())}
-        rows = rows or {
-            id_: {**by_id[id_].row(), split_column: hashed_split(listing, id_, split_column)} for id_ in by_id
-        }
+        rows = {id_: entry.row() for id_, entry in by_id.items()}
+        if not any(split_column in row for row in rows.values()):
+            rows = {id_: {**row, split_column: hashed_split(listing, id_, split_column)} for id_, row in rows.items()}
+    split = ids_with_split(rows, split_column)
     samples = tuple(
         Sample(
             id=id_,
@@ -161,13 +162,11 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
             coco=CocoImage(uri=uri, etag=etag, image_id=entry.id),
         )
         for id_, entry in sorted(by_id.items())
-        if id_ in files and id_ in rows
+        if id_ in files & split
     )
-    where = "row in splits.csv" if in_splits else f"{split_column!r} in {listing.annotations}"
-    return Listed(samples, tuple(_problems(listing, set(by_id), files, set(rows), where)))
-
-
-def _problems(listing: Listing, ids: set[str], files: set[str], rows: set[str], where: str) -> Iterator[Problem]:
-    yield from some_lack(listing, "image_without_file", ids - files, "file in images/")
-    yield from some_lack(listing, "image_without_row", ids - rows, where)
-    yield from rows_without_image(listing, rows - ids)
+    problems = [
+        *some_lack(listing, "image_without_file", by_id.keys() - files, "file in images/"),
+        *without_split(listing, by_id.keys() - split, split_column, where),
+        *rows_without_image(listing, rows.keys() - by_id.keys()),
+    ]
+    return Listed(samples, tuple(problems))

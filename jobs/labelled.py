@@ -16,7 +16,7 @@ Flows ask here whether a set is new: this imports neither numpy nor torch.
 import csv
 import hashlib
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -190,6 +190,11 @@ def read_splits(listing: Listing, split_column: str) -> dict[str, dict[str, str]
     return rows
 
 
+def ids_with_split(rows: Mapping[str, Mapping[str, str]], split_column: str) -> set[str]:
+    """The ids whose rows name a split: an empty cell names none."""
+    return {id_ for id_, row in rows.items() if row.get(split_column)}
+
+
 def hashed_split(listing: Listing, id_: str, split_column: str) -> str:
     """`val` for a fifth of all ids, else `train`. ConfigError where another column than the usual one was asked for."""
     if split_column != "split":
@@ -218,6 +223,11 @@ def refuse_absent_column(samples: Sequence[Sample], column: str, setting: str) -
             f"{setting} is {column!r}; the set has the columns {', '.join(columns) or 'none'}: name one of those, "
             "or leave it out"
         )
+
+
+def without_split(listing: Listing, ids: Collection[str], split_column: str, where: str) -> Iterator[Problem]:
+    """The problem that images have no split, where any have none."""
+    return some_lack(listing, "image_without_row", ids, f"{split_column!r} in {where}")
 
 
 def some_lack(listing: Listing, code: str, ids: Collection[str], what: str) -> Iterator[Problem]:
