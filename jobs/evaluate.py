@@ -39,9 +39,10 @@ from unetpp.engines import MIRRORS, Engine, Mode
 from unetpp.errors import ConfigError
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
-from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
+from unetpp.model import UNetPlusPlus, count_parameters
 from unetpp.predictor import load_engine, refuse_single_head
 from unetpp.prune import prune
+from unetpp.weights import kmacs_per_pixel
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,9 @@ def output_network(model: UNetPlusPlus, name: str) -> UNetPlusPlus:
 
 
 def gmacs_per_megapixel(model: UNetPlusPlus, name: str) -> float:
-    """Billions of multiply-adds for 2**20 pixels of one output, halos and padding not counted."""
+    """Billions of multiply-adds for 10**6 pixels of one output, halos and padding not counted."""
     num_passes = len(MIRRORS) if name == ACCURATE_FLIPS else 1
-    return num_passes * count_gmacs(output_network(model, name).config, 1024, 1024)
+    return num_passes * kmacs_per_pixel(output_network(model, name).config)
 
 
 def measure_seconds(

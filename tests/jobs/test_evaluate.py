@@ -24,7 +24,7 @@ from unetpp.card import LevelChoice
 from unetpp.checkpoint import Pretrained, from_pretrained, read_pretrained, save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
-from unetpp.model import UNetPlusPlus, count_parameters
+from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
 from unetpp.predictor import Predictor
 
 
@@ -72,6 +72,9 @@ def test_cost_grows_with_the_level(model_dir: Path, data_dir: Path) -> None:
         assert by_name[shallow].num_parameters < by_name[deep].num_parameters
         assert by_name[shallow].gmacs_per_megapixel < by_name[deep].gmacs_per_megapixel
     assert by_name["L2"].num_parameters == count_parameters(from_pretrained(model_dir, 2))
+    for level in (1, 2, 3):
+        for_1000_px = 1000**2 / 1024**2 * count_gmacs(from_pretrained(model_dir, level).config, 1024, 1024)
+        assert by_name[f"L{level}"].gmacs_per_megapixel == pytest.approx(for_1000_px)
     assert all(report.seconds_per_megapixel > 0 for report in result.reports)
 
 
