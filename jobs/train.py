@@ -40,6 +40,7 @@ from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import Pretrained, digest, from_pretrained, save_pretrained
+from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ def run(config: TrainConfig) -> TrainResult:
     labelled = open_labelled_set(storage.canonical(config.data), config.split_column)
     said: dict[str, object] = {"config": config.run_fingerprint(), "data": labelled.fingerprint}
     if config.init is not None:
-        said["init"] = digest(from_pretrained(models.fetch_model(config.init)))  # a place may hold other weights by now
+        initial = from_pretrained(models.fetch_model(config.init))
+        said["init"] = digest(initial)  # a place may hold other weights by now
+        tell_other_reading(config.model, initial.config)
     name = f"{config.name}-{fingerprint(said)[:10]}"
     run_uri = storage.join(config.output, name)
     result_uri = storage.join(run_uri, "result.json")
@@ -109,6 +112,20 @@ def run(config: TrainConfig) -> TrainResult:
     )
     storage.write_bytes(result_uri, result.model_dump_json(indent=2).encode())
     return result
+
+
+def tell_other_reading(ours: ModelConfig, theirs: ModelConfig) -> None:
+    """Warn where the model to start from read its images otherwise than this config does: that is for other images."""
+    for name in ("value_range", "bands"):
+        if getattr(theirs, name) != getattr(ours, name):
+            logger.warning(
+                "init: the model to start from was trained with %s %s, this config has %s: right for images that "
+                "differ as much, else set model.%s to the former",
+                name,
+                getattr(theirs, name),
+                getattr(ours, name),
+                name,
+            )
 
 
 def _load(config: TrainConfig, labelled: LabelledSet, split: str) -> Sequence[LabelledImage]:

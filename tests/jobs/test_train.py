@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 import struct
 from collections import defaultdict
@@ -20,11 +21,11 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import look_for_room, run
+from jobs.train import look_for_room, run, tell_other_reading
 from jobs.train_worker import Worker
-from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network
+from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from unetpp.checkpoint import from_pretrained, read_pretrained
-from unetpp.config import ModelConfig
+from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
@@ -150,8 +151,36 @@ def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> 
     assert again.digest != pruned.digest
     other = run(config(data_dir, tmp_path, init=pruned.model_uri, ema_decay=0, freeze_norm=True, **changes))
     assert other.run != finer.run  # what it begins with is another model, at the same place
-    with pytest.raises(ConfigError, match=r"init: nodes.x00.0.weight is of shape .*model.filters"):
+    with pytest.raises(ConfigError, match=r"init: the model to start from has filters \(4, 8\), this config filters"):
         run(config(data_dir, tmp_path, init=full.model_uri, model={"level": 1, "filters": [8, 8]}))
+
+
+INITIAL = ModelConfig(level=2, filters=(4, 8, 16), num_classes=3, gamma=0.5, deep_supervision=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"gamma": 1.0}, "has gamma 0.5, this config gamma 1.0, for which"),
+        ({"mean": (0.0,), "std": (1.0,)}, "has mean (0.5,), std (0.25,), this config mean (0.0,), std (1.0,), for"),
+        ({"num_classes": 1}, "has num_classes 3, this config num_classes 1, for which"),
+        ({"deep_supervision": True}, "has heads at levels (2,), this config heads at levels (1, 2), for which"),
+        ({"level": 3, "filters": (4, 8, 16, 32)}, "has heads at levels (2,), this config heads at levels (3,), for"),
+    ],
+    ids=str,
+)
+def test_weights_are_taken_for_nothing_that_they_were_not_made_for(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"init: the model to start from {sentence}")):
+        take_weights(UNetPlusPlus(INITIAL.model_copy(update=change)), UNetPlusPlus(INITIAL))
+
+
+def test_images_that_are_read_otherwise_than_the_initial_model_s_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = INITIAL.model_copy(update={"value_range": ValueRange(uint16=(0, 4095))})
+    for ours in (INITIAL, other):
+        tell_other_reading(ours, other)
+    (message,) = caplog.messages
+    assert "uint16=(0.0, 4095.0)" in message
+    assert message.endswith("else set model.value_range to the former")
 
 
 def test_a_budget_of_time_ends_in_a_model(data_dir: Path, tmp_path: Path) -> None:
