@@ -56,7 +56,7 @@ class _Training(Frozen):
     gate_margin: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="a new model may have this much less validation IoU than the current one and still replace it"
     )
-    group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    group_by: str | None = Field(None, description="column of the set to report by; default: modality if there")
     quantise: bool = Field(
         False,
         description="make the int8 form of the current model, where it has none, for predict.engine openvino-int8",

@@ -8,29 +8,36 @@ images/ that the JSON does not name do not belong to the set. `jobs.coco_shapes`
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jobs import storage
 from jobs.labelled import (
+    SPLITS,
     CocoImage,
     Listed,
     Listing,
-    Problem,
     Sample,
     groups_of,
     hashed_split,
+    ids_with_split,
     read_splits,
     rows_without_image,
     some_lack,
+    without_split,
 )
 from unetpp.errors import ConfigError, ImageError
 
 COCO_KEYS = frozenset({"id", "file_name", "width", "height", "license", "flickr_url", "coco_url", "date_captured"})
+
+
+def _named(file_name: str) -> str:
+    if not PurePosixPath(file_name).name:
+        raise ValueError(f"saw {file_name!r}, wanted the name of a file in images/")
+    return file_name
 
 
 class Entry(BaseModel):
@@ -39,7 +46,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     id: int | str
-    file_name: str
+    file_name: Annotated[str, AfterValidator(_named)]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
 
@@ -105,7 +112,7 @@ def _read(uri: str, etag: str) -> Annotations:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{uri} is no COCO file: {where}: {first['msg']}") from None
+        raise ConfigError(f"{uri} is no COCO file: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise ConfigError(f"{uri} is no JSON: {error}") from None
     categories = sorted(category.id for category in content.categories)
@@ -138,12 +145,12 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
     by_id = {entry.sample_id: entry for entry in annotations(uri, etag).entries.values()}
     files = {id_ for id_, entry in by_id.items() if f"images/{entry.file_name}" in listing.objects}
     rows = read_splits(listing, split_column)
-    in_splits = rows is not None
+    where = listing.annotations if rows is None else SPLITS
     if rows is None:
-        rows = {id_: row for id_, entry in by_id.items() if split_column in (row := entry.row())}
-        rows = rows or {
-            id_: {**by_id[id_].row(), split_column: hashed_split(listing, id_, split_column)} for id_ in by_id
-        }
+        rows = {id_: entry.row() for id_, entry in by_id.items()}
+        if not any(split_column in row for row in rows.values()):
+            rows = {id_: {**row, split_column: hashed_split(listing, id_, split_column)} for id_, row in rows.items()}
+    split = ids_with_split(rows, split_column)
     samples = tuple(
         Sample(
             id=id_,
@@ -155,13 +162,11 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
             coco=CocoImage(uri=uri, etag=etag, image_id=entry.id),
         )
         for id_, entry in sorted(by_id.items())
-        if id_ in files and id_ in rows
+        if id_ in files & split
     )
-    where = "row in splits.csv" if in_splits else f"{split_column!r} in {listing.annotations}"
-    return Listed(samples, tuple(_problems(listing, set(by_id), files, set(rows), where)))
-
-
-def _problems(listing: Listing, ids: set[str], files: set[str], rows: set[str], where: str) -> Iterator[Problem]:
-    yield from some_lack(listing, "image_without_file", ids - files, "file in images/")
-    yield from some_lack(listing, "image_without_row", ids - rows, where)
-    yield from rows_without_image(listing, rows - ids)
+    problems = [
+        *some_lack(listing, "image_without_file", by_id.keys() - files, "file in images/"),
+        *without_split(listing, by_id.keys() - split, split_column, where),
+        *rows_without_image(listing, rows.keys() - by_id.keys()),
+    ]
+    return Listed(samples, tuple(problems))

@@ -23,7 +23,7 @@ def choose(samples: Sequence[Sample], group_by: str | None) -> list[Sample]:
     """At most NUM_IMAGES samples: as many of every split and group, spread over each, in the order of those."""
     buckets: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        group = sample.groups.get(group_by, "") if group_by else ""
+        group = sample.group(group_by) if group_by else ""
         buckets.setdefault((sample.split, group), []).append(sample)
     ordered = [_spread(buckets[key]) for key in sorted(buckets)]
     taken = [sample for turn in zip_longest(*ordered) for sample in turn if sample is not None][:NUM_IMAGES]
@@ -55,7 +55,7 @@ def contact_sheet(samples: Sequence[Sample], config: InspectConfig, group_by: st
         except ImageError as error:
             fault = error.detail
             draw.rectangle((x, y, x + CELL_PX, y + CELL_PX), outline=INK)
-        group = sample.groups.get(group_by, "") if group_by else ""
+        group = sample.group(group_by) if group_by else ""
         caption = "  ".join(part for part in (sample.split, group, fault) if part)
         draw.text((x, y + CELL_PX + 2), _cut(caption, font), fill=INK, font=font)
         draw.text((x, y + CELL_PX + 15), _cut(sample.id, font), fill=INK, font=font)

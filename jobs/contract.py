@@ -50,6 +50,9 @@ LABELLED_DATA = (
 SPLIT_COLUMN = "column that names the split of an image: of splits.csv, of Parquet, or a key of COCO images"
 
 
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""NumPy takes no negative seed, torch none of more than 64 bits."""
+
 WorkerBounds = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
@@ -61,8 +64,8 @@ class TrainOptions(Frozen):
     )
     model: ModelConfig = ModelConfig()
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    train_split: str = Field("train", description="rows of splits.csv to train on")
-    val_split: str = Field("val", description="rows of splits.csv to validate on after every epoch")
+    train_split: str = Field("train", description="split to train on")
+    val_split: str = Field("val", description="split to validate on after every epoch")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(96, description="side of a training crop")
     batch_size: Annotated[int, Field(ge=1)] = Field(16, description="crops a step, over all workers, however many")
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
@@ -100,20 +103,20 @@ class TrainOptions(Frozen):
         0.0, description="share of a shallower head's loss that is measured against the teacher's probabilities"
     )
     teacher: Literal["deepest", "mean"] = Field("deepest", description="whose probabilities: one head's, or the mean")
-    balance_by: str | None = Field(None, description="column of splits.csv whose groups are sampled by group_weights")
+    balance_by: str | None = Field(None, description="column of the set whose groups are sampled by group_weights")
     group_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="share of crops a group of balance_by; default: equal"
     )
     balance_within: str | None = Field(
         None,
-        description="column of splits.csv, such as the field of view, whose groups are equally likely within those of "
+        description="column of the set, such as the field of view, whose groups are equally likely within those of "
         "balance_by",
     )
     foreground: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of crops around a random foreground pixel; the others lie anywhere in their image"
     )
     augment: AugmentConfig = AugmentConfig()
-    seed: int = Field(0, description="of the first weights, the crops and their augmentation")
+    seed: Seed = Field(0, description="of the first weights, the crops and their augmentation")
     num_workers: WorkerBounds = Field(
         1, description="processes that share every batch; [1, 8]: as many as there is room for, and one is enough"
     )
@@ -155,9 +158,36 @@ class TrainOptions(Frozen):
         num_weights = max(2, self.model.num_classes)
         if self.class_weights is not None and (len(self.class_weights) != num_weights or not any(self.class_weights)):
             raise ValueError(f"class_weights must be {num_weights} values, not all 0, got {list(self.class_weights)}")
+        if self.max_seconds == 0:
+            raise ValueError(f"max_time {self.max_time} leaves no time to train: give more, or leave it out")
         if self.freeze_norm and self.init is None:
             raise ValueError("freeze_norm needs init, a model whose statistics are worth keeping")
+        if self._computes_single_values():
+            raise ValueError(
+                f"a crop of {self.crop_px} px is 1 pixel at level {self.model.level}, and a worker may compute one "
+                "crop alone: BatchNorm has nothing to normalise by; take a larger crop_px, batch_size or micro_batch, "
+                "fewer num_workers, or model.norm none"
+            )
+        if self.distillation > 0 and len(self.model.head_levels) == 1:
+            raise ValueError(
+                f"distillation {self.distillation:g} teaches shallower heads, and the model's only head is at level "
+                f"{self.model.level}; leave it out, or take deep_supervision and a deeper level"
+            )
+        if self.compile and self.recompute:
+            raise ValueError(
+                "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out"
+            )
         return self
+
+    def _computes_single_values(self) -> bool:
+        """Whether BatchNorm may be given a single value a channel, from which it makes no statistics."""
+        model, (fewest, most) = self.model, self.worker_bounds
+        deepest_px = -(-self.crop_px // model.pad_multiple) * model.pad_multiple // model.stride
+        if deepest_px > 1 or model.norm == "none" or self.freeze_norm:
+            return False
+        batch, micro = self.batch_size, self.micro_batch or self.batch_size
+        shares = {share for number in range(fewest, most + 1) for share in (batch // number, -(-batch // number))}
+        return micro == 1 or any(share % micro == 1 for share in shares)
 
     @property
     def worker_bounds(self) -> tuple[int, int]:
@@ -229,15 +259,15 @@ class EvaluateConfig(Frozen):
     model: str = Field(description="model folder or URI")
     data: str = Field(description=LABELLED_DATA)
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field(None, description="rows of splits.csv to use; default: every image")
+    split: str | None = Field(None, description="split to measure on; default: every image")
     output: str | None = Field(None, description="folder or URI for metrics.json, levels.csv and frontier.png")
     update_card: bool = Field(False, description="write the scores into the model's config.json and card")
-    group_by: str | None = Field(None, description="column of splits.csv to report by; default: modality if there")
+    group_by: str | None = Field(None, description="column of the set to report by; default: modality if there")
     flips: bool = Field(
         False, description="also measure accurate mode over the four mirror images; four passes, not one"
     )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
-    seed: int = Field(0, description="of the bootstrap")
+    seed: Seed = Field(0, description="of the bootstrap")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
@@ -297,7 +327,7 @@ class PruneConfig(Frozen):
     )
     data: str | None = Field(None, description="labelled data set to choose on, with tolerance")
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field("val", description="rows of splits.csv to choose on")
+    split: str | None = Field("val", description="split to choose on")
     metrics: str | None = Field(
         None, description="metrics.json of an evaluation of this model to choose by, instead of data"
     )
@@ -305,7 +335,7 @@ class PruneConfig(Frozen):
         0.95, description="one-sided confidence, over images, that the loss is within the tolerance"
     )
     num_bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="resamplings of the images, for intervals")
-    seed: int = Field(0, description="of the bootstrap")
+    seed: Seed = Field(0, description="of the bootstrap")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
@@ -343,9 +373,9 @@ class QuantiseConfig(Frozen):
     )
     level: Level | None = Field(None, description="this level alone; default: every head that the model has")
     split_column: str = Field("split", description=SPLIT_COLUMN)
-    split: str | None = Field("val", description="rows of splits.csv to measure on")
-    calibration_split: str | None = Field("train", description="rows of splits.csv to cut the crops from")
-    group_by: str | None = Field(None, description="column of splits.csv to judge by; default: modality if there")
+    split: str | None = Field("val", description="split to measure on")
+    calibration_split: str | None = Field("train", description="split to cut the crops from")
+    group_by: str | None = Field(None, description="column of the set to judge by; default: modality if there")
     max_iou_drop: Annotated[float, Field(ge=0, lt=1)] = Field(0.002, description=MAX_IOU_DROP)
     max_group_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.005, description=f"the same in every group of {MIN_GUARDED_IMAGES} images or more"
@@ -353,7 +383,7 @@ class QuantiseConfig(Frozen):
     refusal_ok: bool = Field(False, description="exit 0 although int8 lost too much: the result says so")
     num_crops: Annotated[int, Field(ge=1)] = Field(200, description="crops that value ranges are measured on")
     crop_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(128, description="side of such a crop")
-    seed: int = Field(0, description="of the crops")
+    seed: Seed = Field(0, description="of the crops")
     tile_px: Annotated[int, Field(ge=16, multiple_of=16)] = Field(512, description="side of a tile's core")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; default: all cores")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
@@ -889,7 +919,7 @@ class SynthConfig(Frozen):
     )
     num: Annotated[int, Field(ge=1, le=1_000_000)] = Field(64, description="number of images")
     size: Annotated[int, Field(ge=16, le=8192)] = Field(192, description="side of an image, pixels")
-    seed: int = Field(0, description="of the whole set: equal seeds give equal bytes")
+    seed: Seed = Field(0, description="of the whole set: equal seeds give equal bytes")
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs import array_file, contract
 from jobs.array_file import ArrayFile, Arrays
 from jobs.contract import Cache, TrainConfig
-from jobs.labelled import LabelledSet, Sample, find_set
+from jobs.labelled import LabelledSet, Sample, find_set, refuse_absent_column
 from jobs.samples import Encoded, list_samples, readers
 from unetpp.augment import Foreground, augment, random_view
 from unetpp.config import ModelConfig
@@ -245,11 +245,9 @@ class CropSampler:
     def _groups(self, setting: Literal["balance_by", "balance_within"], samples: Sequence[Sample]) -> list[str]:
         """The group of every sample in the column that the setting names; one for all where it names none."""
         column = getattr(self.config, setting)
-        groups = ["" if column is None else sample.groups.get(column) for sample in samples]
-        known = [group for group in groups if group is not None]
-        if len(known) < len(groups):
-            raise ConfigError(f"{setting}: splits.csv of {self.config.data} has no column {column!r}")
-        return known
+        if column is not None:
+            refuse_absent_column(samples, column, setting)
+        return [sample.group(column) for sample in samples]
 
     def crop(self, epoch: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Crop `number` of `epoch`: float32 HWC and its target uint8 HW."""

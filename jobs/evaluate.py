@@ -19,7 +19,7 @@ from jobs import storage
 from jobs.contract import ACCURATE, ACCURATE_FLIPS, METRICS, EvaluateConfig, EvaluateResult, LevelReport, Score
 from jobs.dataset import load, open_labelled_set
 from jobs.frontier import frontier_png
-from jobs.labelled import Sample
+from jobs.labelled import Sample, group_column
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged
@@ -39,9 +39,10 @@ from unetpp.engines import MIRRORS, Engine, Mode
 from unetpp.errors import ConfigError
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
-from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
+from unetpp.model import UNetPlusPlus, count_parameters
 from unetpp.predictor import load_engine, refuse_single_head
 from unetpp.prune import prune
+from unetpp.weights import kmacs_per_pixel
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,9 @@ def output_network(model: UNetPlusPlus, name: str) -> UNetPlusPlus:
 
 
 def gmacs_per_megapixel(model: UNetPlusPlus, name: str) -> float:
-    """Billions of multiply-adds for 2**20 pixels of one output, halos and padding not counted."""
+    """Billions of multiply-adds for 10**6 pixels of one output, halos and padding not counted."""
     num_passes = len(MIRRORS) if name == ACCURATE_FLIPS else 1
-    return num_passes * count_gmacs(output_network(model, name).config, 1024, 1024)
+    return num_passes * kmacs_per_pixel(output_network(model, name).config)
 
 
 def measure_seconds(
@@ -162,16 +163,6 @@ def _score(counts: Sequence[Counts], config: EvaluateConfig) -> Score:
         mean_dice_interval=bootstrap_interval(dices, **options),
         pooled_iou=iou(np.sum(counts, axis=0)),
     )
-
-
-def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
-    """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
-    columns = sorted({column for sample in samples for column in sample.groups})
-    if group_by is None:
-        return "modality" if "modality" in columns else None
-    if group_by not in columns:
-        raise ConfigError(f"group_by is {group_by!r}; splits.csv has the columns {', '.join(columns) or 'none'}")
-    return group_by
 
 
 def _group_scores(

@@ -26,7 +26,9 @@ SCORES = "scores on one would be flattered by training on the other"
 KINDS: dict[str, Kind] = {
     "image_without_mask": Kind("error", "images without a mask", "add the masks, or take the images out"),
     "image_without_file": Kind("error", "images without a file", "add the files, or take the images out of the JSON"),
-    "image_without_row": Kind("error", "images without a split", "add them to splits.csv, or to the key in the JSON"),
+    "image_without_row": Kind(
+        "error", "images without a split", "name it in splits.csv, the key of the JSON or the column"
+    ),
     "row_without_image": Kind("error", "rows of splits.csv without an image", "add the images, or take the rows out"),
     "mask_without_image": Kind("warning", "masks without an image", "add the images, or take the masks out"),
     "undecodable_image": Kind("error", "images that cannot be decoded", "replace them, or take them out"),

@@ -20,10 +20,9 @@ from jobs import storage
 from jobs.contact_sheet import choose, contact_sheet
 from jobs.contract import ExitCode, Finding, GroupValues, InspectConfig, InspectResult
 from jobs.findings import find_all
-from jobs.labelled import Sample, find_set
+from jobs.labelled import find_set, group_column
 from jobs.looks import Look, look_at
 from jobs.samples import list_samples
-from unetpp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def run(config: InspectConfig) -> InspectResult:
     """Inspect; write the sheet, the table and the result to `output`. ConfigError where there is no set to look at."""
     listing = find_set(config.data)
     listed = list_samples(listing, config.split_column)
-    column = _group_column(listed.samples, config)
+    column = group_column(listed.samples, config.group_by)
     logger.info("looking at %d images of %s", len(listed.samples), config.data)
     looks = look_at(listed.samples, config)
     findings, codes = find_all(listed, looks, config)
@@ -64,20 +63,11 @@ def exit_code(findings: Sequence[Finding]) -> ExitCode:
     return ExitCode.DONE_WITH_FAILED_IMAGES if "warning" in severities else ExitCode.DONE
 
 
-def _group_column(samples: Sequence[Sample], config: InspectConfig) -> str | None:
-    columns = samples[0].groups.keys() if samples else ()
-    if config.group_by is None:
-        return "modality" if "modality" in columns else None
-    if config.group_by not in columns:
-        raise ConfigError(f"group_by is {config.group_by!r}; the set has the columns {', '.join(columns) or 'none'}")
-    return config.group_by
-
-
 def _group_values(looks: Sequence[Look], column: str | None) -> tuple[GroupValues, ...]:
     """What the images of every split and group hold."""
     by_group: dict[tuple[str, str], list[Look]] = {}
     for look in looks:
-        group = look.sample.groups.get(column, "") if column else ""
+        group = look.sample.group(column) if column else ""
         by_group.setdefault((look.sample.split, group), []).append(look)
     return tuple(_values(split, group, by_group[split, group]) for split, group in sorted(by_group))
 
@@ -114,7 +104,7 @@ def _table(looks: Sequence[Look], codes: Sequence[Sequence[str]], column: str | 
     names = ["id", "split", column or "group", "height", "width", "pixel_type", "low", "high", "mean", "foreground"]
     table.writerow([*names, "findings", "why"])
     for look, found in zip(looks, codes, strict=True):
-        group = look.sample.groups.get(column, "") if column else ""
+        group = look.sample.group(column) if column else ""
         height, width = look.size or ("", "")
         values = (look.low, look.high, look.mean, look.foreground)
         numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in values]

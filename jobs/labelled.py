@@ -16,7 +16,7 @@ Flows ask here whether a set is new: this imports neither numpy nor torch.
 import csv
 import hashlib
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -80,8 +80,8 @@ class Sample(Frozen):
     row: ParquetRow | None = None
 
     def group(self, column: str | None) -> str:
-        """Its group in a column; "none" where it has none, which JSON and Parquet allow."""
-        return self.groups.get(column or "", "none")
+        """Its group in a column; "none" where it has none: an empty cell, or a key that its entry lacks."""
+        return self.groups.get(column or "") or "none"
 
 
 class LabelledSet(Frozen):
@@ -190,6 +190,11 @@ def read_splits(listing: Listing, split_column: str) -> dict[str, dict[str, str]
     return rows
 
 
+def ids_with_split(rows: Mapping[str, Mapping[str, str]], split_column: str) -> set[str]:
+    """The ids whose rows name a split: an empty cell names none."""
+    return {id_ for id_, row in rows.items() if row.get(split_column)}
+
+
 def hashed_split(listing: Listing, id_: str, split_column: str) -> str:
     """`val` for a fifth of all ids, else `train`. ConfigError where another column than the usual one was asked for."""
     if split_column != "split":
@@ -200,6 +205,29 @@ def hashed_split(listing: Listing, id_: str, split_column: str) -> str:
 def groups_of(row: dict[str, str], split_column: str) -> dict[str, str]:
     """The columns of a row that are neither id nor split."""
     return {column: value for column, value in row.items() if column not in ("id", split_column)}
+
+
+def group_column(samples: Sequence[Sample], group_by: str | None) -> str | None:
+    """The column to report by: the one that is asked for, else modality if there. ConfigError where it is not there."""
+    if group_by is None:
+        return "modality" if any("modality" in sample.groups for sample in samples) else None
+    refuse_absent_column(samples, group_by, "group_by")
+    return group_by
+
+
+def refuse_absent_column(samples: Sequence[Sample], column: str, setting: str) -> None:
+    """ConfigError where none of the samples has the column that a setting names to group by."""
+    columns = sorted({column for sample in samples for column in sample.groups})
+    if column not in columns:
+        raise ConfigError(
+            f"{setting} is {column!r}; the set has the columns {', '.join(columns) or 'none'}: name one of those, "
+            "or leave it out"
+        )
+
+
+def without_split(listing: Listing, ids: Collection[str], split_column: str, where: str) -> Iterator[Problem]:
+    """The problem that images have no split, where any have none."""
+    return some_lack(listing, "image_without_row", ids, f"{split_column!r} in {where}")
 
 
 def some_lack(listing: Listing, code: str, ids: Collection[str], what: str) -> Iterator[Problem]:

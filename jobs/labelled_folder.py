@@ -5,15 +5,18 @@ from pathlib import PurePosixPath
 
 from jobs import storage
 from jobs.labelled import (
+    SPLITS,
     Listed,
     Listing,
     Problem,
     Sample,
     groups_of,
     hashed_split,
+    ids_with_split,
     read_splits,
     rows_without_image,
     some_lack,
+    without_split,
 )
 from unetpp.errors import ConfigError
 
@@ -26,6 +29,7 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
     rows = read_splits(listing, split_column)
     if rows is None:
         rows = {id_: {split_column: hashed_split(listing, id_, split_column)} for id_ in images}
+    split = ids_with_split(rows, split_column)
     samples = tuple(
         Sample(
             id=id_,
@@ -36,18 +40,21 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
             split=rows[id_][split_column],
             groups=groups_of(rows[id_], split_column),
         )
-        for id_ in sorted(images.keys() & masks.keys() & rows.keys())
+        for id_ in sorted(images.keys() & masks.keys() & split)
     )
-    return Listed(samples, tuple(_problems(listing, set(images), set(masks), set(rows))))
+    problems = [
+        *some_lack(listing, "image_without_mask", images.keys() - masks.keys(), "mask in masks/"),
+        *without_split(listing, images.keys() - split, split_column, SPLITS),
+        *rows_without_image(listing, rows.keys() - images.keys()),
+        *_masks_without_image(listing, masks.keys() - images.keys()),
+    ]
+    return Listed(samples, tuple(problems))
 
 
-def _problems(listing: Listing, images: set[str], masks: set[str], rows: set[str]) -> Iterator[Problem]:
-    yield from some_lack(listing, "image_without_mask", images - masks, "mask in masks/")
-    yield from some_lack(listing, "image_without_row", images - rows, "row in splits.csv")
-    yield from rows_without_image(listing, rows - images)
-    if unused := masks - images:
-        sentence = f"{listing.uri}: {len(unused)} mask(s) have no image in images/, the first is {min(unused)!r}"
-        yield Problem("mask_without_image", tuple(sorted(unused)), sentence, is_fatal=False)
+def _masks_without_image(listing: Listing, ids: set[str]) -> Iterator[Problem]:
+    if ids:
+        sentence = f"{listing.uri}: {len(ids)} mask(s) have no image in images/, the first is {min(ids)!r}"
+        yield Problem("mask_without_image", tuple(sorted(ids)), sentence, is_fatal=False)
 
 
 def _by_id(listing: Listing, folder: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import storage
-from jobs.labelled import Listed, Listing, ParquetRow, Sample, groups_of, hashed_split
+from jobs.labelled import Listed, Listing, ParquetRow, Sample, groups_of, hashed_split, without_split
 from unetpp.errors import ConfigError
 
 BATCH_ROWS = 16
@@ -45,7 +45,10 @@ def list_samples(listing: Listing, split_column: str) -> Listed:
                         raise ConfigError(
                             f"the id {sample.id!r} is there twice: {other.image_uri} and {sample.image_uri}"
                         )
-    return Listed(tuple(samples[id_] for id_ in sorted(samples)), ())
+    found = [samples[id_] for id_ in sorted(samples)]
+    lacking = [sample.id for sample in found if not sample.split]
+    problems = tuple(without_split(listing, lacking, split_column, "their rows"))
+    return Listed(tuple(sample for sample in found if sample.split), problems)
 
 
 def _sample(listing: Listing, row: Mapping[str, str], place: ParquetRow, split_column: str) -> Sample:

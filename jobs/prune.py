@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from jobs import storage
+from jobs import models, storage
 from jobs.contract import EvaluateConfig, EvaluateResult, PruneConfig, PruneResult
 from jobs.evaluate import level_scores
 from jobs.evaluate import run as evaluate
 from jobs.frontier import frontier_png
-from jobs.models import fetch_model
 from unetpp.card import Choice, LevelChoice
 from unetpp.checkpoint import digest, from_pretrained, read_pretrained, save_pretrained
 from unetpp.errors import ConfigError
@@ -31,9 +30,14 @@ PICTURE = "level_choice.png"
 def run(config: PruneConfig) -> PruneResult:
     """Choose the level if none is given, and write the pruned model folder to `out`.
 
-    A tolerance's choice goes into its card, with a picture of it in `level_choice.png`.
+    A tolerance's choice goes into its card, with a picture of it in `level_choice.png`. ConfigError where `out` is the
+    model itself.
     """
-    model_dir = fetch_model(config.model)
+    if models.canonical(config.model) == storage.canonical(config.out):
+        raise ConfigError(
+            f"out is {config.out}, where the model itself is: its other levels would be lost; name another folder"
+        )
+    model_dir = models.fetch_model(config.model)
     pretrained, model = read_pretrained(model_dir), from_pretrained(model_dir)
     choices: tuple[LevelChoice, ...] = ()
     level = config.level

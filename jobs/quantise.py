@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from jobs import storage
 from jobs.contract import ACCURATE, ExitCode, QuantiseConfig, QuantiseResult
 from jobs.dataset import load, open_labelled_set
-from jobs.evaluate import CHUNK_IMAGES, group_column
-from jobs.labelled import LabelledSet, Sample
+from jobs.evaluate import CHUNK_IMAGES
+from jobs.labelled import LabelledSet, Sample, group_column
 from jobs.models import fetch_model
 from jobs.provenance import data_name
 from unetpp import packaged

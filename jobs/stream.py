@@ -72,7 +72,8 @@ class CropMaker:
         self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples)
         self._num_crops = num_crops
         self._order = lru_cache(maxsize=2)(lambda epoch: crop_order(self._sampler, epoch, num_crops))
-        self._first_epoch = next((each.epoch + 1 for each in checkpoints.complete(run_uri)), 0)
+        resumed = checkpoints.newest(run_uri)  # where the workers go on: a torn one is passed over here, too
+        self._first_epoch = 0 if resumed is None else resumed[0].epoch + 1
 
     def __call__(self, places: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         """`id`: places in the run, epoch by epoch -> x: float32 B, H, W, C; target: uint8 B, H, W."""

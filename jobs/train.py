@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 import ray.train
@@ -28,7 +28,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from jobs import checkpoints, models, storage
 from jobs.calibrate import calibrate
 from jobs.checkpoints import EpochMetrics
-from jobs.cluster import local_ray
+from jobs.cluster import is_cluster, local_ray
 from jobs.config_file import write_command
 from jobs.contract import TrainConfig, TrainResult, fingerprint
 from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
@@ -40,6 +40,7 @@ from jobs.train_worker import is_over, train_worker
 from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import Pretrained, digest, from_pretrained, save_pretrained
+from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ def run(config: TrainConfig) -> TrainResult:
     labelled = open_labelled_set(storage.canonical(config.data), config.split_column)
     said: dict[str, object] = {"config": config.run_fingerprint(), "data": labelled.fingerprint}
     if config.init is not None:
-        said["init"] = digest(from_pretrained(models.fetch_model(config.init)))  # a place may hold other weights by now
+        initial = from_pretrained(models.fetch_model(config.init))
+        said["init"] = digest(initial)  # a place may hold other weights by now
+        tell_other_reading(config.model, initial.config)
     name = f"{config.name}-{fingerprint(said)[:10]}"
     run_uri = storage.join(config.output, name)
     result_uri = storage.join(run_uri, "result.json")
@@ -111,6 +114,20 @@ def run(config: TrainConfig) -> TrainResult:
     return result
 
 
+def tell_other_reading(ours: ModelConfig, theirs: ModelConfig) -> None:
+    """Warn where the model to start from read its images otherwise than this config does: that is for other images."""
+    for name in ("value_range", "bands"):
+        if getattr(theirs, name) != getattr(ours, name):
+            logger.warning(
+                "init: the model to start from was trained with %s %s, this config has %s: right for images that "
+                "differ as much, else set model.%s to the former",
+                name,
+                getattr(theirs, name),
+                getattr(ours, name),
+                name,
+            )
+
+
 def _load(config: TrainConfig, labelled: LabelledSet, split: str) -> Sequence[LabelledImage]:
     cache = "auto" if config.cache == "stream" else config.cache
     return load(labelled.split(split), config.model, cache=cache, fingerprint=labelled.fingerprint)
@@ -138,6 +155,22 @@ def _threads(config: TrainConfig) -> int:
     return config.threads_per_worker
 
 
+def look_for_room(num_workers: int, of_each: Mapping[str, int]) -> None:
+    """Say at once of what Ray has less than these workers need. ConfigError on one machine; a cluster may yet grow."""
+    there = ray.cluster_resources()
+    for name, number in of_each.items():
+        if num_workers * number <= (has := int(there.get(name, 0))):
+            continue
+        place = "the cluster" if is_cluster() else "this machine"
+        sentence = (
+            f"num_workers asks for at least {num_workers} with {number} {name} each, {place} has {has} {name}; "
+            f"ask for fewer{', or set device to cpu' if name == 'GPU' else ''}"
+        )
+        if not is_cluster():
+            raise ConfigError(sentence)
+        logger.warning("%s; waiting %d minutes for it to grow", sentence, MAX_MINUTES_WITHOUT_ROOM)
+
+
 def _fit(
     config: TrainConfig,
     run_uri: str,
@@ -154,6 +187,8 @@ def _fit(
         pass
     threads = _threads(config)
     fewest, most = config.worker_bounds
+    of_each = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": threads}
+    look_for_room(fewest, of_each)
     trainer = TorchTrainer(
         train_worker,
         # The images are decoded once, and shared by the workers of a node through the object store.
@@ -171,7 +206,7 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1 if use_gpu else threads},
+            resources_per_worker=of_each,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]
             name="ray",
@@ -196,10 +231,10 @@ def _fit(
     except ControllerError as error:
         if isinstance(error.controller_failure, NEVER_RETRIED):
             raise error.controller_failure from None
+        each = " and ".join(f"{number} {name}" for name, number in of_each.items())
         raise UnetppError(
-            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {fewest} with "
-            f"{trainer.scaling_config.resources_per_worker} each ({error}); make room for them in the cluster, or ask "
-            "for less, then the same command goes on from here"
+            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {fewest} with {each} each "
+            f"({error}); make room for them in the cluster, or ask for less, then the same command goes on from here"
         ) from error
 
 

@@ -178,16 +178,29 @@ def first_network(config: TrainConfig, initial: UNetPlusPlus | None = None) -> U
     return network
 
 
+SAME_AS_INITIAL = ("in_channels", "num_classes", "norm", "upsample", "gamma", "mean", "std")
+"""What of a model's config its weights were made for, beside its filters and heads."""
+
+
 def take_weights(network: UNetPlusPlus, initial: UNetPlusPlus) -> None:
-    """Copy the nodes and heads that both have. ConfigError where one of `network` is absent or has another shape."""
+    """Copy the nodes and heads of `network` from `initial`.
+
+    ConfigError where that has others, or was trained on an input of another scale. `value_range` and `bands` are the
+    images' own.
+    """
+    theirs, ours = initial.config, network.config
+    depths = min(theirs.level, ours.level) + 1
+    pairs = {name: (getattr(theirs, name), getattr(ours, name)) for name in SAME_AS_INITIAL}
+    pairs["filters"] = theirs.filters[:depths], ours.filters[:depths]
+    if not set(ours.head_levels) <= set(theirs.head_levels):
+        pairs["heads at levels"] = theirs.head_levels, ours.head_levels
+    if different := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+        has, wants = (", ".join(f"{name} {pair[n]}" for name, pair in different.items()) for n in (0, 1))
+        raise ConfigError(
+            f"init: the model to start from has {has}, this config {wants}, for which its weights were not made; set "
+            "the same in model, and level and deep_supervision so that it has every head"
+        )
     have = initial.state_dict()
-    for name, tensor in network.state_dict().items():
-        if name not in have or have[name].shape != tensor.shape:
-            seen = f"of shape {tuple(have[name].shape)}" if name in have else "absent"
-            raise ConfigError(
-                f"init: {name} is {seen} in the model to start from, this one wants {tuple(tensor.shape)}; "
-                "model.filters, norm, upsample and in_channels must be the same, and level at most as deep"
-            )
     network.load_state_dict({name: have[name] for name in network.state_dict()})
 
 

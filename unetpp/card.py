@@ -176,7 +176,7 @@ def int8_rows(scores: Mapping[str, Int8Output]) -> list[list[str]]:
     """Rows of INT8_COLUMNS: of each output over all images, then by group."""
     rows = []
     for name, output in scores.items():
-        for group, score in {"all": output, **dict(sorted(output.groups.items()))}.items():
+        for group, score in [("all images", output), *sorted(output.groups.items())]:
             figures = (score.float32_iou, score.int8_iou, score.drop)
             rows.append([name, group, str(score.num_images), *(f"{figure:.4f}" for figure in figures)])
     return rows

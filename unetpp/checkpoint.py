@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from unetpp import packaged, weights
 from unetpp.card import (
@@ -54,7 +54,9 @@ def save_pretrained(model: UNetPlusPlus, model_dir: Path | str, pretrained: Pret
     pretrained = (pretrained or Pretrained(model=model.config)).model_copy(update={"model": model.config})
     model_dir = Path(model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, model_dir / WEIGHTS)
+    # As bytes: safetensors' own writer makes files that nobody else may read.
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    (model_dir / WEIGHTS).write_bytes(content)
     (model_dir / CARD).write_text(model_card(pretrained, count_parameters(model)), encoding="utf-8")
     (model_dir / CONFIG).write_text(pretrained.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -37,7 +37,7 @@ def segmentation_loss(logits_BKHW: Tensor, target_BHW: Tensor, class_weights: Se
     weight_BHW = labelled_B1HW[:, 0].float()
     if class_weights is not None:
         weight_BHW = weight_BHW * torch.tensor(class_weights, device=weight_BHW.device)[class_BHW]
-    cross_entropy_B = (cross_entropy_BHW * weight_BHW).sum((1, 2)) / weight_BHW.sum((1, 2)).clamp(min=1e-6)
+    cross_entropy_B = _mean_of_images(cross_entropy_BHW, weight_BHW)
     probability_BKHW, target_BKHW = probability_BKHW * labelled_B1HW, target_BKHW * labelled_B1HW
     overlap_BK = (probability_BKHW * target_BKHW).sum((2, 3))
     size_BK = probability_BKHW.sum((2, 3)) + target_BKHW.sum((2, 3))
@@ -45,12 +45,22 @@ def segmentation_loss(logits_BKHW: Tensor, target_BHW: Tensor, class_weights: Se
     return (0.5 * cross_entropy_B + 1 - dice_BK.mean(1)).mean()
 
 
-def distillation_loss(logits_BKHW: Tensor, teacher_BKHW: Tensor) -> Tensor:
-    """Cross-entropy of a head's probabilities against the teacher's, mean over pixels (Hinton et al. 2015, T = 1)."""
+def distillation_loss(logits_BKHW: Tensor, teacher_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
+    """Cross-entropy of a head's probabilities against the teacher's (Hinton et al. 2015, T = 1).
+
+    Mean over images of the mean over the labelled pixels: of the others the teacher was taught nothing either.
+    """
     logits_BKHW = logits_BKHW.float()
     if logits_BKHW.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits_BKHW, teacher_BKHW)
-    return F.cross_entropy(logits_BKHW, teacher_BKHW)
+        loss_BHW = F.binary_cross_entropy_with_logits(logits_BKHW, teacher_BKHW, reduction="none")[:, 0]
+    else:
+        loss_BHW = F.cross_entropy(logits_BKHW, teacher_BKHW, reduction="none")
+    return _mean_of_images(loss_BHW, (target_BHW != IGNORE).float()).mean()
+
+
+def _mean_of_images(loss_BHW: Tensor, weight_BHW: Tensor) -> Tensor:
+    """Weighted mean over the pixels of each image; 0 where none has a weight."""
+    return (loss_BHW * weight_BHW).sum((1, 2)) / weight_BHW.sum((1, 2)).clamp(min=1e-6)
 
 
 def deep_supervision_loss(
@@ -74,7 +84,7 @@ def deep_supervision_loss(
     for level, head_BKHW in logits.items():
         loss = segmentation_loss(head_BKHW, target_BHW, class_weights)
         if teacher_BKHW is not None and level != deepest:
-            loss = (1 - distillation) * loss + distillation * distillation_loss(head_BKHW, teacher_BKHW)
+            loss = (1 - distillation) * loss + distillation * distillation_loss(head_BKHW, teacher_BKHW, target_BHW)
         losses.append((weights[level] if weights else 1.0) * loss)
     return torch.stack(losses).sum()
 

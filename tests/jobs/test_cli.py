@@ -170,8 +170,38 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
             [*TRAIN, "--crop-px", "100"],
             "crop_px: saw 100, wanted a whole number of at least 16 and that is a multiple of 16",
         ),
+        *(
+            ([*words, "--seed", seed], f"seed: saw {seed}, wanted a whole number from 0 to 9223372036854775807")
+            for words, seed in (
+                (TRAIN, "-1"),
+                (TRAIN, str(2**64)),
+                (["evaluate", "--model", "m", "--data", "d"], "-1"),
+                (["prune", "--model", "m", "--out", "o", "--level", "1"], "-1"),
+                (["quantise", "--model", "m", "--data", "d"], "-1"),
+                (["synth", "--out", "o"], "-1"),
+            )
+        ),
         ([*TRAIN, "--set", "augment.gamma=[1,x]"], "augment.gamma[1]: saw 'x', wanted a number"),
         ([*TRAIN, "--set", "augment=3"], None),
+        (
+            [*TRAIN, "--distillation", "0.3", "--model.no-deep-supervision"],
+            "distillation 0.3 teaches shallower heads, and the model's only head is at level 4; leave it out, or take "
+            "deep_supervision and a deeper level",
+        ),
+        ([*TRAIN, "--max-time", "0h"], "max_time 0h leaves no time to train: give more, or leave it out"),
+        *(
+            (
+                [*TRAIN, "--crop-px", "16", *words],
+                "a crop of 16 px is 1 pixel at level 4, and a worker may compute one crop alone: BatchNorm has nothing "
+                "to normalise by; take a larger crop_px, batch_size or micro_batch, fewer num_workers, or model.norm "
+                "none",
+            )
+            for words in (["--batch-size", "1"], ["--micro-batch", "5"], ["--set", "num_workers=[1, 16]"])
+        ),
+        (
+            [*TRAIN, "--compile", "--recompute"],
+            "compile and recompute cannot be together: torch.compile knows no recomputing; leave one out",
+        ),
         ([*TRAIN, "--model.filters", "8,16"], "model: level 4 needs 5 filters, got 2"),
         ([*TRAIN, "--set", "seed"], "--set seed: wanted a key, `=` and a value, such as --set model.level=3"),
         (

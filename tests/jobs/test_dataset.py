@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -212,6 +213,11 @@ def drop_row(data_dir: Path) -> None:
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "000002" not in line))
 
 
+def blank_split(data_dir: Path) -> None:
+    path = data_dir / "splits.csv"
+    path.write_text(re.sub("(?<=synth-000002,)[a-z]+", "", path.read_text()))
+
+
 def drop_image(data_dir: Path) -> None:
     (data_dir / "images" / "synth-000002.png").unlink()
 
@@ -235,7 +241,8 @@ def same_id_twice(data_dir: Path) -> None:
         (damage_mask_size, r"mask .*000002.png is 48 x 40 pixels, its image .* is 48 x 48"),
         (damage_image, r"images/synth-000002.png cannot be used"),
         (drop_mask, r"1 image\(s\) have no mask in masks/, the first is 'synth-000002'"),
-        (drop_row, r"1 image\(s\) have no row in splits.csv, the first is 'synth-000002'"),
+        (drop_row, r"1 image\(s\) have no 'split' in splits.csv, the first is 'synth-000002'"),
+        (blank_split, r"1 image\(s\) have no 'split' in splits.csv, the first is 'synth-000002'"),
         (drop_image, r"splits.csv names 1 id\(s\) without an image, the first is 'synth-000002'"),
         (drop_all_images, "holds no images/"),
         (rename_split_column, "splits.csv has columns id, part, modality; wanted at least id and split"),
@@ -280,6 +287,11 @@ def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:
     for image, share in zip(images, np.diff(edges), strict=True):
         shares[image.sample.groups["modality"]] += share
     assert shares == pytest.approx(weights)
+    del images[0].sample.groups["modality"]  # as of an entry of a COCO file
+    with pytest.raises(
+        ConfigError, match=r"the training images have modality \['brightfield', 'fluorescence', 'none'\]"
+    ):
+        CropSampler(images, train_config(data_dir, balance_by="modality", group_weights=weights))
 
 
 def test_fields_of_a_group_are_drawn_equally_and_images_of_a_field_share_it(data_dir: Path) -> None:
@@ -336,8 +348,8 @@ def test_a_crop_holds_the_values_that_prediction_sees(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"balance_by": "stain"}, "balance_by: splits.csv of .* has no column 'stain'"),
-        ({"balance_within": "field"}, "balance_within: splits.csv of .* has no column 'field'"),
+        ({"balance_by": "stain"}, "balance_by is 'stain'; the set has the columns modality: name one"),
+        ({"balance_within": "field"}, "balance_within is 'field'; the set has the columns modality: name one"),
         ({"balance_by": "modality", "group_weights": {"fluorescence": 1.0}}, "group_weights names"),
     ],
 )

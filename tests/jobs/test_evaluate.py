@@ -13,10 +13,9 @@ from rich.console import Console
 from jobs.calibrate import calibrate
 from jobs.contract import EvaluateConfig, PruneConfig, SynthConfig
 from jobs.dataset import load, open_labelled_set
-from jobs.evaluate import group_column
 from jobs.evaluate import run as evaluate
 from jobs.frontier import frontier_png
-from jobs.labelled import Sample
+from jobs.labelled import Sample, group_column
 from jobs.prune import choose_level, compare_levels
 from jobs.prune import run as prune
 from jobs.summary import group_table
@@ -25,7 +24,7 @@ from unetpp.card import LevelChoice
 from unetpp.checkpoint import Pretrained, from_pretrained, read_pretrained, save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
-from unetpp.model import UNetPlusPlus, count_parameters
+from unetpp.model import UNetPlusPlus, count_gmacs, count_parameters
 from unetpp.predictor import Predictor
 
 
@@ -73,6 +72,9 @@ def test_cost_grows_with_the_level(model_dir: Path, data_dir: Path) -> None:
         assert by_name[shallow].num_parameters < by_name[deep].num_parameters
         assert by_name[shallow].gmacs_per_megapixel < by_name[deep].gmacs_per_megapixel
     assert by_name["L2"].num_parameters == count_parameters(from_pretrained(model_dir, 2))
+    for level in (1, 2, 3):
+        for_1000_px = 1000**2 / 1024**2 * count_gmacs(from_pretrained(model_dir, level).config, 1024, 1024)
+        assert by_name[f"L{level}"].gmacs_per_megapixel == pytest.approx(for_1000_px)
     assert all(report.seconds_per_megapixel > 0 for report in result.reports)
 
 
@@ -146,17 +148,24 @@ def test_quality_is_shown_by_group_with_its_interval_and_without_one_for_a_singl
 
 
 def test_an_unknown_group_column_is_refused(model_dir: Path, data_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"group_by is 'stain'; splits\.csv has the columns modality"):
+    with pytest.raises(ConfigError, match=r"group_by is 'stain'; the set has the columns modality: name"):
         evaluate(EvaluateConfig(model=str(model_dir), data=str(data_dir), group_by="stain"))
 
 
-def test_an_image_without_a_group_is_in_one_of_its_own() -> None:
+def test_an_image_without_a_group_is_in_one_of_its_own(model_dir: Path, tmp_path: Path) -> None:
     grouped = [
         Sample(id=id_, image_uri="", mask_uri="", split="", groups=of)
         for id_, of in (("a", {}), ("b", {"modality": "fluorescence"}))
     ]
     assert group_column(grouped, None) == "modality"
     assert [sample.group("modality") for sample in grouped] == ["none", "fluorescence"]
+    data = tmp_path / "data"
+    synthesise(SynthConfig(out=str(data), num=4, size=32))
+    text = (data / "splits.csv").read_text()
+    (data / "splits.csv").write_text(text.replace("brightfield", ""))
+    evaluate(EvaluateConfig(model=str(model_dir), data=str(data), output=str(tmp_path / "out"), num_bootstrap=100))
+    rows = list(csv.DictReader((tmp_path / "out" / "levels.csv").open()))
+    assert [(row["group"], row["images"]) for row in rows[:3]] == [("", "4"), ("fluorescence", "2"), ("none", "2")]
 
 
 def prune_config(tolerance: float, **fields: object) -> PruneConfig:
@@ -240,6 +249,13 @@ def test_a_pruned_model_keeps_the_calibration_of_its_head(model_dir: Path, data_
     pruned = read_pretrained(tmp_path / "pruned")
     assert pruned.calibration == {2: found[2]}
     assert pruned.model.temperature == {2: found[2].temperature}
+
+
+def test_a_model_is_not_pruned_in_its_own_place(model_dir: Path, tmp_path: Path) -> None:
+    save_pretrained(from_pretrained(model_dir), tmp_path / "full")
+    with pytest.raises(ConfigError, match=r"out is .*full/, where the model itself is: .*; name another folder"):
+        prune(PruneConfig(model=str(tmp_path / "full"), level=2, out=f"{tmp_path}/full/"))
+    assert from_pretrained(tmp_path / "full").config.level == 3
 
 
 def test_an_evaluation_serves_the_choice_as_well_as_its_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def test_every_form_of_a_set_is_inspected(data_dir: Path, tmp_path: Path) -> Non
     content = {
         "images": [
             {"id": n, "file_name": f"{row['id']}.png", "height": 160, "width": 160, "split": row["split"]}
+            | ({"modality": row["modality"]} if n else {})
             for n, row in enumerate(rows)
         ],
         "annotations": [
@@ -291,8 +292,10 @@ def test_every_form_of_a_set_is_inspected(data_dir: Path, tmp_path: Path) -> Non
         "categories": [{"id": 1, "name": "square"}],
     }
     (tmp_path / "coco" / "annotations.json").write_text(json.dumps(content))
-    (finding,) = inspect(tmp_path / "coco", output=str(tmp_path / "out")).findings
+    result = inspect(tmp_path / "coco", output=str(tmp_path / "out"))
+    (finding,) = result.findings
     assert (finding.code, finding.ids) == ("undecodable_mask", (FIRST,))
+    assert {row.group for row in result.groups} == {"none", "fluorescence", "brightfield"}
 
 
 def test_the_contact_sheet_shows_images_with_their_outlines(data_dir: Path, tmp_path: Path) -> None:

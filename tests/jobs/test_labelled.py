@@ -226,6 +226,10 @@ def drop_split(place: Path, content: Json) -> None:
     del content["images"][2]["split"]
 
 
+def blank_split(place: Path, content: Json) -> None:
+    content["images"][2]["split"] = ""
+
+
 def swap_size(place: Path, content: Json) -> None:
     content["images"][2]["height"] = 47
     content["annotations"] = [shape for shape in content["annotations"] if shape["image_id"] != 2]
@@ -239,6 +243,10 @@ def number_twice(place: Path, content: Json) -> None:
     content["images"][3]["id"] = 2
 
 
+def drop_name(place: Path, content: Json) -> None:
+    content["images"][2]["file_name"] = ""
+
+
 def drop_sizes(place: Path, content: Json) -> None:
     del content["images"][2]["width"]
 
@@ -248,9 +256,11 @@ def drop_sizes(place: Path, content: Json) -> None:
     [
         (drop_file, r"1 image\(s\) have no file in images/, the first is 'synth-000002'"),
         (drop_split, r"1 image\(s\) have no 'split' in annotations.json, the first is 'synth-000002'"),
+        (blank_split, r"1 image\(s\) have no 'split' in annotations.json, the first is 'synth-000002'"),
         (swap_size, r"mask .*annotations.json#synth-000002.png is 47 x 48 pixels, its image .* is 48 x 48"),
         (name_twice, "has the file_name 'synth-000002' twice"),
         (number_twice, "has the image id 2 twice"),
+        (drop_name, r"is no COCO file: images.2.file_name: saw '', wanted the name of a file in images/"),
         (drop_sizes, r"is no COCO file: images.2.width: Field required"),
     ],
 )
@@ -310,6 +320,14 @@ def test_one_parquet_file_is_a_set(folder: Path, tmp_path: Path) -> None:
     assert len(labelled.samples) == 8
     assert {sample.split for sample in labelled.samples} <= {"train", "val"}
     with pytest.raises(ConfigError, match=r"the id 'synth-00000\d' is there twice: .*another.parquet.*set.parquet"):
+        open_labelled_set(str(tmp_path))
+
+
+def test_a_row_without_a_split_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    table = table_of(folder, ids_of(folder))
+    splits = pa.array([None if number == 2 else value for number, value in enumerate(table["split"].to_pylist())])
+    pq.write_table(table.set_column(table.schema.names.index("split"), "split", splits), tmp_path / "set.parquet")
+    with pytest.raises(ConfigError, match=r"1 image\(s\) have no 'split' in their rows, the first is 'synth-000002'"):
         open_labelled_set(str(tmp_path))
 
 

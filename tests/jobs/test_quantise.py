@@ -105,7 +105,10 @@ def test_an_int8_form_that_is_as_good_is_written_with_what_it_costs(good_dir: Pa
     assert {group: each.num_images for group, each in score.groups.items()} == {"even": 2, "odd": 2}
     assert about.calibration == {"num_crops": 8, "crop_px": 32, "seed": 0, "calibration_split": "train"}
     assert about.versions.keys() == {"nncf", "openvino"}
-    assert f"| L1 | all | 4 | {score.float32_iou:.4f} | {score.int8_iou:.4f} |" in (good_dir / "README.md").read_text()
+    assert (
+        f"| L1 | all images | 4 | {score.float32_iou:.4f} | {score.int8_iou:.4f} |"
+        in (good_dir / "README.md").read_text()
+    )
 
 
 def test_the_float32_score_is_that_of_evaluate(good_dir: Path, data_dir: Path) -> None:

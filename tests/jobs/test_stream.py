@@ -58,8 +58,12 @@ def test_every_image_is_open_once_an_epoch_and_the_order_is_another_one_in_the_n
         assert len(set(images[:40])) > 8  # a batch mixes them
 
 
-def test_epochs_that_are_done_are_not_made_again(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [False, True], ids=["whole", "and a torn one after it"])
+def test_epochs_that_are_done_are_not_made_again(data_dir: Path, tmp_path: Path, torn: bool) -> None:
     checkpoints.save(str(tmp_path), b"state", (metrics(0),))
+    if torn:
+        second = checkpoints.save(str(tmp_path), b"state", (metrics(0), metrics(1)))
+        (tmp_path / "checkpoints" / second.state).write_bytes(b"sta")
     samples = open_labelled_set(str(data_dir)).split("train")
     make = CropMaker(samples, config(data_dir), NUM_CROPS, str(tmp_path))
     assert make({"id": np.arange(NUM_CROPS - 3, NUM_CROPS + 2)})["x"].shape == (2, 16, 16, 3)

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 import struct
 from collections import defaultdict
@@ -20,10 +21,11 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import run
-from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network
+from jobs.train import look_for_room, run, tell_other_reading
+from jobs.train_worker import Worker
+from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from unetpp.checkpoint import from_pretrained, read_pretrained
-from unetpp.config import ModelConfig
+from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
@@ -149,8 +151,36 @@ def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> 
     assert again.digest != pruned.digest
     other = run(config(data_dir, tmp_path, init=pruned.model_uri, ema_decay=0, freeze_norm=True, **changes))
     assert other.run != finer.run  # what it begins with is another model, at the same place
-    with pytest.raises(ConfigError, match=r"init: nodes.x00.0.weight is of shape .*model.filters"):
+    with pytest.raises(ConfigError, match=r"init: the model to start from has filters \(4, 8\), this config filters"):
         run(config(data_dir, tmp_path, init=full.model_uri, model={"level": 1, "filters": [8, 8]}))
+
+
+INITIAL = ModelConfig(level=2, filters=(4, 8, 16), num_classes=3, gamma=0.5, deep_supervision=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"gamma": 1.0}, "has gamma 0.5, this config gamma 1.0, for which"),
+        ({"mean": (0.0,), "std": (1.0,)}, "has mean (0.5,), std (0.25,), this config mean (0.0,), std (1.0,), for"),
+        ({"num_classes": 1}, "has num_classes 3, this config num_classes 1, for which"),
+        ({"deep_supervision": True}, "has heads at levels (2,), this config heads at levels (1, 2), for which"),
+        ({"level": 3, "filters": (4, 8, 16, 32)}, "has heads at levels (2,), this config heads at levels (3,), for"),
+    ],
+    ids=str,
+)
+def test_weights_are_taken_for_nothing_that_they_were_not_made_for(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"init: the model to start from {sentence}")):
+        take_weights(UNetPlusPlus(INITIAL.model_copy(update=change)), UNetPlusPlus(INITIAL))
+
+
+def test_images_that_are_read_otherwise_than_the_initial_model_s_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = INITIAL.model_copy(update={"value_range": ValueRange(uint16=(0, 4095))})
+    for ours in (INITIAL, other):
+        tell_other_reading(ours, other)
+    (message,) = caplog.messages
+    assert "uint16=(0.0, 4095.0)" in message
+    assert message.endswith("else set model.value_range to the former")
 
 
 def test_a_budget_of_time_ends_in_a_model(data_dir: Path, tmp_path: Path) -> None:
@@ -160,6 +190,18 @@ def test_a_budget_of_time_ends_in_a_model(data_dir: Path, tmp_path: Path) -> Non
     with (Path(result.model_uri).parent / "records" / "epochs.csv").open() as table:
         *_, last = csv.DictReader(table)
     assert float(last["learning_rate"]) < 2e-4  # it fell in time
+
+
+def test_an_epoch_without_time_for_a_step_asks_the_other_workers_for_nothing(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(data_dir, "unused", max_time="1h", num_workers=2)
+    worker = Worker.__new__(Worker)
+    worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 2, 3
+    worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
+    monkeypatch.setattr(worker, "_seconds", lambda: 3600.0)
+    assert worker._steps(0) == ([], [])  # there is no process group to ask
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
@@ -219,6 +261,31 @@ def test_two_workers_share_a_stream(data_dir: Path, tmp_path: Path) -> None:
     result = run(config(data_dir, tmp_path, cache="stream", num_workers=2, balance_by="modality"))
     assert result.steps == 6
     assert all(value > 0 for value in losses(result))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"num_workers": 2, "device": "cuda"}, "at least 2 with 1 GPU each, this machine has 0 GPU; ask for fewer, or"),
+        ({"num_workers": [3, 4], "threads_per_worker": 2}, "at least 3 with 2 CPU each, this machine has 4 CPU; ask"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_at_once(
+    data_dir: Path, tmp_path: Path, asked: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"num_workers asks for {sentence}"):
+        run(config(data_dir, tmp_path, **asked))
+
+
+def test_what_the_cluster_lacks_is_said_before_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    look_for_room(1, {"CPU": 4})
+    assert not caplog.messages
+    look_for_room(2, {"CPU": 1, "GPU": 1})
+    (message,) = caplog.messages
+    assert "at least 2 with 1 GPU each, the cluster has 0 GPU; ask for fewer, or set device to cpu; waiting" in message
 
 
 def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_path: Path) -> None:

@@ -40,10 +40,13 @@ def test_what_is_loaded_computes_what_was_saved(model: UNetPlusPlus, model_dir: 
             assert torch.equal(from_pretrained(model_dir, level)(x)[level], head)
 
 
-def test_the_folder_holds_weights_config_and_card_without_pickle(model_dir: Path) -> None:
+def test_the_folder_holds_weights_config_and_card_without_pickle(model_dir: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in model_dir.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((model_dir / "config.json").read_text())
     assert config["model"]["value_range"]["uint16"] == [0, 4095]
+    (tmp_path / "as any other file").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "as any other file", *model_dir.iterdir())}
+    assert len(modes) == 1
 
 
 def test_the_card_carries_scores_and_history(model: UNetPlusPlus, tmp_path: Path) -> None:

@@ -75,6 +75,27 @@ def test_pixels_that_are_not_labelled_change_nothing(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_teacher_is_not_heard_where_it_was_taught_nothing(num_classes: int) -> None:
+    torch.manual_seed(4)
+    target = torch.randint(0, max(2, num_classes), (2, 8, 12), dtype=torch.uint8)
+    logits = {level: torch.randn(2, num_classes, 8, 12, requires_grad=True) for level in (1, 2)}
+    target[0, :, 6:], target[1, :, 3:] = IGNORE, IGNORE
+    alone = [
+        deep_supervision_loss(
+            {level: head[n : n + 1, ..., :kept] for level, head in logits.items()},
+            target[n : n + 1, :, :kept],
+            distillation=0.3,
+        )
+        for n, kept in enumerate((6, 3))
+    ]
+    loss = deep_supervision_loss(logits, target, distillation=0.3)
+    torch.testing.assert_close(loss, torch.stack(alone).mean())
+    nothing = deep_supervision_loss(logits, torch.full_like(target, IGNORE), distillation=0.3)
+    gradients = torch.autograd.grad(nothing, list(logits.values()))
+    assert not any(each.any() for each in gradients)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
 def test_class_weights_weigh_the_pixels_of_the_cross_entropy(num_classes: int) -> None:
     torch.manual_seed(2)
     weights = [0.5, 2.0, 7.0][: max(2, num_classes)]

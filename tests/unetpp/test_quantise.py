@@ -235,7 +235,7 @@ def test_the_card_says_what_int8_costs(model: UNetPlusPlus, int8_dir: Path) -> N
                 num_images=30,
                 float32_iou=0.8,
                 int8_iou=0.799,
-                groups={"dim": Int8Score(num_images=21, float32_iou=0.7, int8_iou=0.701)},
+                groups={name: Int8Score(num_images=21, float32_iou=0.7, int8_iou=0.701) for name in ("dim", "all")},
             )
         },
         data="cells",
@@ -245,8 +245,9 @@ def test_the_card_says_what_int8_costs(model: UNetPlusPlus, int8_dir: Path) -> N
         versions={"nncf": "1.2.3"},
     )
     card = model_card(Pretrained(model=model.config, quantised=about), 1)
-    assert "| L2 | all | 30 | 0.8000 | 0.7990 | 0.0010 |" in card
+    assert "| L2 | all images | 30 | 0.8000 | 0.7990 | 0.0010 |" in card
     assert "| L2 | dim | 21 | 0.7000 | 0.7010 | -0.0010 |" in card
+    assert "| L2 | all | 21 | 0.7000 | 0.7010 | -0.0010 |" in card
     assert "above 0.002 over all images, or above 0.005 in a group of 20 images" in card
     assert "nodes.x00.0" in card
     assert "## Int8" not in model_card(Pretrained(model=model.config), 1)
