@@ -221,7 +221,7 @@ def follow(
         if not status.state.is_active:
             return status
         if deadline is not None and time.monotonic() > deadline:
-            how = _stop_at_the_deadline(backend, name, stop_s, poll_s)
+            how = stop_in_words(backend, name, timeout_s=stop_s, poll_s=poll_s)
             log.pass_on(at_the_end=True)
             raise JobError(
                 name,
@@ -233,28 +233,31 @@ def follow(
 
 
 def stop(backend: JobBackend, name: str, *, timeout_s: float = STOP_S, poll_s: float = POLL_S) -> JobStatus | None:
-    """Tell a job to end, let it drain, and wait until it has ended; the last that is known of it then.
+    """Tell a job that has not ended to end, let it drain, and wait until it has; the last that is known of it then.
 
     It may still be active after `timeout_s`. TransientError where the cluster did not answer until then: it may run on.
     """
     deadline, poll_s = time.monotonic() + timeout_s, min(poll_s, 1.0)
-    _patiently(name, deadline, poll_s, backend.ask_to_stop, name)
-    while True:
-        status = _patiently(name, deadline, poll_s, backend.status, name)
-        if status is None or not status.state.is_active or time.monotonic() > deadline:
-            return status
+    status = _patiently(name, deadline, poll_s, backend.status, name)
+    if status is not None and status.state.is_active:
+        _patiently(name, deadline, poll_s, backend.ask_to_stop, name)
+    while status is not None and status.state.is_active and time.monotonic() <= deadline:
         time.sleep(poll_s)
+        status = _patiently(name, deadline, poll_s, backend.status, name)
+    return status
 
 
-def _stop_at_the_deadline(backend: JobBackend, name: str, timeout_s: float, poll_s: float) -> str:
-    """Stop a job; in words, how that went."""
+def stop_in_words(backend: JobBackend, name: str, *, timeout_s: float = STOP_S, poll_s: float = POLL_S) -> str:
+    """Stop a job; how that went, in words, also where the cluster did not answer."""
     try:
         status = stop(backend, name, timeout_s=timeout_s, poll_s=poll_s)
     except TransientError as error:
         return f"the cluster did not say whether it stopped, so it may run on ({error})"
-    if status is not None and status.state.is_active:
+    if status is None or status.state is State.STOPPED:
+        return "it was stopped"
+    if status.state.is_active:
         return f"it was told to stop, but had not ended {timeout_s:.0f} s later"
-    return "it was stopped"
+    return "it ended by itself"
 
 
 def _patiently(

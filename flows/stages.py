@@ -384,12 +384,9 @@ def _follow(
     poll_s = ray_jobs.POLL_S if backend.survives else 0.2
     try:
         return ray_jobs.follow(backend, name, say=following.say, tick=following.tick, deadline=until, poll_s=poll_s)
-    except KeyboardInterrupt:
-        ray_jobs.stop(backend, name)
-        raise
-    except BaseException:
-        if not backend.survives:
-            ray_jobs.stop(backend, name)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or not backend.survives:
+            logger.info("%s: %s", name, ray_jobs.stop_in_words(backend, name))
         raise
 
 
