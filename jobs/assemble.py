@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jobs import storage, table
 from jobs.contract import AssembleConfig, AssembleResult
+from jobs.run_records import output_at
 from jobs.table import Part
 from jobs.windows import grid
 from unetpp.errors import ConfigError, ImageError, StorageError
@@ -39,7 +40,7 @@ class Found(NamedTuple):
 
 def run(config: AssembleConfig) -> AssembleResult:
     """Write the mask. ConfigError where there is none, or some of its windows are missing: all of them are named."""
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     newest = _newest(output, config)
     first = next(iter(newest.values())).row
     height, width = _size(config.key, newest)

@@ -33,7 +33,7 @@ from jobs import manifest, sink, storage, table
 from jobs.contract import CompactConfig, Compaction, CompactResult, fingerprint
 from jobs.copied import Piece, cut, manifest_of, newest, num_parts
 from jobs.finish import write_up
-from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, read_record
+from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, output_at, read_record
 from jobs.runs import Archive, is_being_given_up, put_run
 from jobs.table import Part
 from unetpp.errors import ConfigError, StorageError
@@ -62,7 +62,7 @@ def run(config: CompactConfig) -> CompactResult:
 
     ConfigError where a run is not finished.
     """
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     done = []
     for kind in sorted({_kind_of(record) for record in _read_records(output, list_runs(output)).values()}):
         started = time.monotonic()

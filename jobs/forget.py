@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from jobs import forgotten, lease, manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
-from jobs.run_records import RunRecord, State, list_runs, read_record
+from jobs.run_records import RunRecord, State, list_runs, output_at, read_record
 from jobs.runs import Archive, is_being_given_up
 from jobs.sink import Footer
 from jobs.table import Part
@@ -35,7 +35,7 @@ def run(config: ForgetConfig) -> ForgetResult:
 
     ConfigError where no run has it, or one that may still write a mask of it: it is open, or is being given up.
     """
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     if config.source is not None:
         config = config.model_copy(update={"source": storage.plain(storage.canonical(config.source))})
     num_rows: dict[str, int] = {}

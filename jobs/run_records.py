@@ -46,6 +46,18 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
 
 
+def output_at(uri: str) -> str:
+    """The one spelling of an output that is to be looked after.
+
+    ConfigError where nothing is there. An empty folder is fine: no run has come yet; a prefix without objects is none.
+    """
+    output = storage.canonical(uri)
+    is_empty = next(storage.list_objects(output, missing_ok=True), None) is None
+    if is_empty and (storage.is_remote(output) or not storage.exists(output)):
+        raise ConfigError(f"there is nothing below {output}; wanted an output of unetpp predict: check the spelling")
+    return output
+
+
 def output_of(run_uri: str) -> str:
     """The output that a run's folder is below."""
     return run_uri.removesuffix("/").rpartition("/runs/")[0]

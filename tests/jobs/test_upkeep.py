@@ -15,6 +15,7 @@ from PIL import Image
 
 from jobs import (
     abandon,
+    assemble,
     compact,
     explain,
     forget,
@@ -31,6 +32,7 @@ from jobs import (
 )
 from jobs.contract import (
     AbandonConfig,
+    AssembleConfig,
     CompactConfig,
     ExitCode,
     ExplainConfig,
@@ -371,10 +373,10 @@ def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
     segment, output: str, archive: Path, tiny_model: Path
 ) -> None:
     digest = segment(output=output + "-elsewhere").model_digest
-    with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
-        forget.run(ForgetConfig(output=output, key="nowhere.png"))
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
     open_run(Archive((Source(str(archive)),), output, digest, config))
+    with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
+        forget.run(ForgetConfig(output=output, key="nowhere.png"))
     with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do.*unetpp abandon .*r00001"):
         forget.run(ForgetConfig(output=output, key="a.png"))
 
@@ -442,6 +444,26 @@ def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, outpu
         abandon.run(AbandonConfig(run=run_uri))
     rebuild.run(RebuildConfig(run=run_uri))
     assert list_runs(output) == {"r00001": "sealed"}
+
+
+# ------------------------------------------------------------------------------------------------ nothing there
+
+
+def test_an_output_that_is_not_there_is_told(output: str, tmp_path: Path) -> None:
+    calls: list[Callable[[str], object]] = [
+        lambda where: gc.run(GcConfig(output=where, delete=True)),
+        lambda where: compact.run(CompactConfig(output=where)),
+        lambda where: forget.run(ForgetConfig(output=where, key="a.png")),
+        lambda where: assemble.run(AssembleConfig(output=where, key="a.png", out=str(tmp_path / "mask.tif"))),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"nothing below .*/out; wanted an output of unetpp predict: check"):
+            call(output)
+
+
+def test_an_output_that_is_empty_yet_is_in_order(tmp_path: Path) -> None:
+    assert gc.run(GcConfig(output=str(tmp_path), delete=True)).objects == {}
+    assert compact.run(CompactConfig(output=str(tmp_path))).compactions == ()
 
 
 # ------------------------------------------------------------------------------------------------ the newest mask
