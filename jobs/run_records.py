@@ -18,6 +18,7 @@ from unetpp.errors import ConfigError, StorageError
 
 SUCCESS, ABANDONED, COMPACTED = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json"
 HINTS, INDEXES = "hints", "indexes"
+LAST_RUN = 99_999
 
 State = Literal["open", "sealed", "abandoned", "compacted"]
 """Of a run. compacted: another run holds the newest of its rows, and its parts may be removed (`jobs.compact`)."""
@@ -64,8 +65,14 @@ def output_of(run_uri: str) -> str:
 
 
 def next_run(found: Iterable[str]) -> str:
-    """The name of the run after those that there are."""
-    return f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
+    """The name of the run after those that there are. ConfigError after r99999: names are ordered as text."""
+    number = max((int(name[1:]) for name in found), default=0) + 1
+    if number > LAST_RUN:
+        raise ConfigError(
+            f"the output has a run r{number - 1:05d}, and r{LAST_RUN} is the last that there can be: name another "
+            "output, with a copy of this one's forgotten/ if it has one"
+        )
+    return f"r{number:05d}"
 
 
 def state_of(run_uri: str) -> State:

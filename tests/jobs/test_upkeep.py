@@ -446,6 +446,19 @@ def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, outpu
     assert list_runs(output) == {"r00001": "sealed"}
 
 
+# ------------------------------------------------------------------------------------------------ the last run
+
+
+def test_no_run_comes_after_the_last_number_that_sorts_as_text(segment, output: str) -> None:
+    segment(level=1)
+    for name in ("run.json", "_SUCCESS.json"):
+        content = storage.read_bytes(storage.join(output, "runs", "r00001", name))
+        storage.write_bytes(storage.join(output, "runs", "r99999", name), content.replace(b"r00001", b"r99999"))
+    with pytest.raises(ConfigError, match=r"the output has a run r99999.*name another output"):
+        segment()
+    assert list_runs(output).keys() == {"r00001", "r99999"}
+
+
 # ------------------------------------------------------------------------------------------------ nothing there
 
 
