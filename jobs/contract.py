@@ -740,7 +740,8 @@ class ForgetConfig(Frozen):
     """Remove every mask of an image from an output; its rows stay and say `forgotten`.
 
     No model segments this version of the image there again, whatever the level or mode. There is no way back but a new
-    version of the image, which is a new image, or another output.
+    version of the image, which is a new image, or another output. An image is known by its input and its key: read
+    below another prefix, or from a copy elsewhere, it is another image, to be forgotten there too.
     """
 
     output: OutputUri
