@@ -349,7 +349,9 @@ def test_an_image_is_not_forgotten_while_a_run_that_has_it_is_being_given_up(
         patch.setattr(sink, "abandon", lambda *_, **__: (_ for _ in ()).throw(StorageError("out of order")))
         with pytest.raises(StorageError):
             abandon.run(AbandonConfig(run=run_uri))
-    with pytest.raises(ConfigError, match=r"r00002 has 'a\.png' to do and is being given up.*unetpp abandon .*r00002"):
+    with pytest.raises(
+        ConfigError, match=r"r00002, which has 'a\.png' to do, is being given up.*unetpp abandon .*r00002.*then forget"
+    ):
         forget.run(ForgetConfig(output=output, key="a.png"))
     abandon.run(AbandonConfig(run=run_uri))
     record = read_record(run_uri)
@@ -377,7 +379,9 @@ def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
     open_run(Archive((Source(str(archive)),), output, digest, config))
     with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
         forget.run(ForgetConfig(output=output, key="nowhere.png"))
-    with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do.*unetpp abandon .*r00001"):
+    with pytest.raises(
+        ConfigError, match=r"r00001, which has 'a\.png' to do, is not finished.*unetpp abandon .*r00001"
+    ):
         forget.run(ForgetConfig(output=output, key="a.png"))
 
 
