@@ -20,7 +20,8 @@ from unetpp.errors import ImageErrorCode
 class ExitCode(IntEnum):
     """How a job ended, for shells and schedulers.
 
-    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on.
+    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on;
+    `quantise` ends with CONFIG where int8 loses too much.
     """
 
     DONE = 0
@@ -334,7 +335,7 @@ MAX_IOU_DROP = "mean IoU that int8 may lose against float32 over all images"
 
 
 class QuantiseConfig(Frozen):
-    """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32."""
+    """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32: exit code 10."""
 
     model: str = Field(description="model folder or URI")
     data: str = Field(description=LABELLED_DATA)
