@@ -371,7 +371,10 @@ def _once(
             )
         if not backend.survives:
             assert status is not None
-            raise JobError(submission.submission_id, status.exit_code, backend.log(submission.submission_id)[-4000:])
+            why = (
+                "its last lines above say why" if following.on_screen else backend.log(submission.submission_id)[-4000:]
+            )
+            raise JobError(submission.submission_id, status.exit_code, why)
         if status is None:
             logger.warning("%s: %s was lost, its cluster does not know it any more", stage, submission.submission_id)
     raise JobError(name, None, f"lost {ray_jobs.MAX_ATTEMPTS} times: look after the cluster at {backend.where}")

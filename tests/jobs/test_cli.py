@@ -247,7 +247,7 @@ class Nothing(BaseModel):
         (TransientError("x"), 20),
         (JobError("predict", 20, "log"), 20),
         (JobError("predict", -9, "log"), 1),
-        (JobError("predict", None, "log"), 1),
+        (JobError("predict", None, "lost 3 times: look after the cluster"), 1),
         (UnetppError("x"), 1),
         (KeyboardInterrupt(), 4),
     ],
@@ -266,6 +266,7 @@ def test_an_error_decides_the_exit_code_and_shows_no_traceback(
     assert "Traceback" not in said
     if isinstance(error, UnetppError):
         assert exit_code(error) == code
+        assert said == f"tool: {error}\n"
 
 
 def test_a_framework_that_wraps_an_error_does_not_hide_it(capsys: pytest.CaptureFixture[str]) -> None:
