@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unetpp.card import MIN_GUARDED_IMAGES, UNSTATED, Int8Output, LevelChoice
 from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
-from unetpp.engine_names import EngineChoice, EngineName
+from unetpp.engine_names import PRECISION, EngineChoice, EngineName
 from unetpp.errors import ImageErrorCode
 
 
@@ -535,7 +535,7 @@ class PredictConfig(PredictOptions):
             "num_workers",
             "node_labels",
             "threads",
-            "engine",  # but for its precision, which is part of the model's digest
+            "engine",  # but for its precision: masks of another are another model's
             "decode_seconds",
             "decode_memory_mb",
             "max_failed_share",
@@ -544,7 +544,8 @@ class PredictConfig(PredictOptions):
             "stall_s",
             "single_writer",
         }
-        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
+        precision = {} if self.engine == "auto" else {"precision": PRECISION[self.engine]}
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing) | precision)
 
 
 class PredictResult(Frozen):
