@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=BaseModel)
 
 PLACES: dict[str, Callable[[str], str]] = {
-    **dict.fromkeys(("data", "input", "metrics", "models", "out", "output", "result", "run"), storage.canonical),
+    **dict.fromkeys(
+        ("data", "input", "metrics", "models", "out", "output", "result", "run", "source"), storage.canonical
+    ),
     **dict.fromkeys(("init", "model"), models.canonical),
 }
 """Fields that say where something is, each with what gives a place its one spelling."""
