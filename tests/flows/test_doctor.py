@@ -59,6 +59,19 @@ def test_what_was_not_asked_for_says_how_to_ask(tmp_path: Path, monkeypatch: pyt
     assert "RAY_API_SERVER_ADDRESS" in findings["ray"].seen
 
 
+def test_what_cannot_be_asked_is_found_and_the_rest_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
+    asked = DoctorConfig(ray="http://127.0.0.1:1", gpus=1, prefect="http://127.0.0.1:port/api")
+    findings = {finding.what: finding for finding in examine(asked)}
+    for what in ("ray", "ray resources", "gpus"):
+        assert findings[what].state == "wrong"
+        assert "RAY_AUTH_TOKEN_PATH names" in findings[what].seen
+    assert findings["automations"].state == "wrong"
+    assert "does not answer (InvalidURL)" in findings["prefect"].seen
+
+
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     findings = {finding.what: finding for finding in examine(DoctorConfig(output=str(tmp_path / "file" / "below")))}
