@@ -159,8 +159,15 @@ def ensure(
         last, status = attempts[-1]
         if status.state.is_active or (status.state is State.SUCCEEDED and is_done()):
             return Submission(last, attached=True)
+        if len(attempts) >= MAX_NAMES:
+            raise JobError(
+                last,
+                status.exit_code,
+                f"{backend.where} remembers {MAX_NAMES} jobs that did the same, as many as can be told apart: delete "
+                f"them there, {name} last (ray job delete, or kubectl delete rayjob)",
+            )
         spent = sum(ended.state is not State.STOPPED for _, ended in attempts)
-        if (not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status))) or len(attempts) >= MAX_NAMES:
+        if not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status)):
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
                 last,

@@ -127,9 +127,13 @@ def test_an_attempt_that_was_stopped_is_none_of_the_three() -> None:
     stopped.jobs |= {"job-a4": [failed(1)], "job-a5": [failed(1)]}
     with pytest.raises(JobError, match="the last attempt"):
         ensured(stopped)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_job_whose_names_are_used_up_says_what_helps(again: bool) -> None:
     named = Cluster(job=[STOPPED], **{f"job_a{number}": [STOPPED] for number in range(1, MAX_NAMES)})
-    with pytest.raises(JobError, match="the last attempt"):
-        ensured(named)
+    with pytest.raises(JobError, match=f"a cluster remembers {MAX_NAMES} jobs that did the same.*delete them there"):
+        ensured(named, again=again)
 
 
 def test_somebody_who_mended_it_may_ask_again() -> None:
