@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from flows import lineage, publish, ray_jobs
 from flows.backends import backend_of
 from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
-from flows.nights import night_of
+from flows.nights import night_of, refuse_future
 from flows.outcome import GateResult
 from flows.ray_jobs import State
 from jobs import models, registry, storage
@@ -59,8 +59,12 @@ def deadline(config: FlowOptions) -> float:
 
 
 def tonight(config: ArchiveFlowConfig) -> str:
-    """Return the name of the night whose work a flow run does: the one asked for, else by its scheduled start."""
+    """Return the name of the night whose work a flow run does: the one asked for, else by its scheduled start.
+
+    ConfigError where the one asked for has not begun.
+    """
     if config.night is not None:
+        refuse_future(config.night, config.timezone)
         return f"{config.night:%Y%m%d}"
     due = config.due or runtime.flow_run.scheduled_start_time or datetime.now(UTC)
     return night_of(due, config.timezone, config.period_minutes)
