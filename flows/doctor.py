@@ -99,11 +99,12 @@ def _check(what: str, subject: Any, look: Callable[[Any], str], asked_by: str) -
 
 
 def _input(uri: str) -> str:
-    if (found := storage.find(uri)) is not None:
-        storage.read_range(uri, 0, min(1, found.size_bytes), found.etag)
+    place = storage.canonical(uri)  # some stores have an empty object for a folder, with a slash at its end
+    if (found := storage.find(place)) is not None:
+        storage.read_range(place, 0, min(1, found.size_bytes), found.etag)
         return f"{uri}: found, and read, {found.size_bytes} bytes"
-    for entry in storage.list_objects(uri):
-        content = storage.read_bytes(storage.join(storage.canonical(uri), entry.key), entry.etag)
+    for entry in storage.list_objects(place):
+        content = storage.read_bytes(storage.join(place, entry.key), entry.etag)
         return f"{uri}: listed, and {entry.key} read, {len(content)} bytes"
     raise _Wrong(f"{uri} is empty", "put images there, or mend --input")
 
