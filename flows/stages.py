@@ -20,6 +20,7 @@ from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
 from flows.nights import night_of, refuse_future
 from flows.outcome import GateResult
 from flows.ray_jobs import State
+from flows.submit import seen_from_elsewhere
 from jobs import models, registry, storage
 from jobs.config_file import write_command
 from jobs.contract import (
@@ -350,7 +351,8 @@ def _once(
         logger.info("%s: unchanged, %s is done", stage, name)
         return result
     again = config.again
-    command = write_command(stage, job.model_copy(update={"result": result_uri}))
+    told = job.model_copy(update={"result": result_uri})
+    command = write_command(stage, seen_from_elsewhere(told) if backend.survives else told)
     metadata = {"night": night or "", "flow_run": runtime.flow_run.id or ""}
     for _ in range(ray_jobs.MAX_ATTEMPTS + 1):  # `ensure` ends it, where the cluster remembers
         submission = ray_jobs.ensure(

@@ -2,8 +2,13 @@
 
 import flows.embedded  # noqa: F401  before Prefect is imported
 
+import contextlib
+import itertools
+import shlex
+import time
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +18,7 @@ from flows.config import ArchiveFlowConfig, BackfillConfig
 from jobs import compact, forget, gc, predict, registry, table
 from jobs.contract import CompactConfig, ForgetConfig, GcConfig, PredictConfig, PredictResult
 from jobs.registry import CurrentModel
+from tests.flows.test_ray_jobs import Cluster, failed
 from unetpp.errors import ConfigError, JobError, StorageError, TransientError
 
 NIGHTS = {"first": date(2026, 3, 24), "last": date(2026, 3, 26)}
@@ -57,6 +63,31 @@ def test_a_night_that_has_not_begun_is_not_done_before(monkeypatch: pytest.Monke
         backfill.fn(config)
     with pytest.raises(ConfigError, match="9999-12-31 has not begun"):
         stages.tonight(ArchiveFlowConfig(models="m", input="i", output="o", night=config.last))
+
+
+def test_a_cluster_is_told_of_places_as_they_are_seen_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(Cluster):
+        command = ""
+
+        def submit(self, submission_id: str, command: str, metadata: dict[str, str]) -> bool:
+            self.command, self.jobs[submission_id] = command, [failed(10)]
+            return True
+
+    cluster = Elsewhere()
+    model = CurrentModel(digest="d" * 64, level=2, val_iou=0.5, labelled_fingerprint="f" * 64, gate="first")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "backend_of", lambda place: cluster)
+    monkeypatch.setattr(registry, "current", lambda models: (1, model))
+    monkeypatch.setattr(
+        publish, "Following", lambda *what: contextlib.nullcontext(SimpleNamespace(say=print, tick=int))
+    )
+    with pytest.raises(JobError, match="would end the same way"):
+        stages.predict_stage.fn(CONFIG, "20260324", time.monotonic() + 600)
+    said = dict(itertools.pairwise(shlex.split(cluster.command)))
+    places = [said[flag] for flag in ("--model", "--input", "--output", "--result")]
+    assert [Path(place).is_relative_to(tmp_path) for place in places] == [True] * 4
 
 
 def test_a_night_that_was_compacted_is_done_while_its_rows_are_there(
