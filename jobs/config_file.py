@@ -91,7 +91,7 @@ def write_command(job: str, config: BaseModel) -> str:
         dotted = ".".join(path).replace("_", "-")
         is_list = isinstance(value, list)
         if value in (None, []) or isinstance(value, bool | dict) or (is_list and path not in lists):
-            words = ["--set", f"{'.'.join(path)}={json.dumps(value)}"]
+            words = ["--set", f"{'.'.join(path)}={json.dumps(value, ensure_ascii=False)}"]
         else:
             words = [word for each in (value if is_list else [value]) for word in _said(f"--{dotted}", str(each))]
         (required if default is _NONE_GIVEN else changed).extend(words)

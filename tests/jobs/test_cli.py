@@ -79,6 +79,7 @@ def test_a_config_can_be_told_as_a_command(printed, tmp_path: Path) -> None:
         ("predict", {"model": "m", "input": "-i", "output": "o", "exclude": ["-*", "*,a", "[ab]*", ""]}),
         ("inspect", {"data": "d", "leave_out": []}),
         ("train", {"data": "d", "output": "o", "model": {"value_range": {"float32": [-1.0, 1.0]}}}),
+        ("train", {"data": "d", "output": "o", "balance_by": "stain", "group_weights": {"𠮷": 0.5, "-é": 0.5}}),
     ],
 )
 def test_a_command_line_gives_back_whatever_texts_a_config_has(job: str, changed: dict[str, Any], printed) -> None:
