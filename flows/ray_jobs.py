@@ -24,7 +24,7 @@ Words = ParamSpec("Words")
 Answer = TypeVar("Answer")
 
 MAX_ATTEMPTS = 3
-"""Of a job that ends by itself. One that was stopped says nothing against the next: that goes on from there."""
+"""Of a job that fails. One that was stopped says nothing against the next: that goes on from there."""
 MAX_NAMES = 100
 """So many attempts can be told apart, those that were stopped and those that somebody asked for included."""
 MAX_ID_LENGTH = 47
@@ -127,8 +127,8 @@ def ensure(
     """See to it that a job runs, or has run, once.
 
     A job of this name that is waiting, running or done is attached to. One that ended with exit code 1 or 4, or was
-    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were stopped, by a
-    deadline or by hand, do not count.
+    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were done, or were
+    stopped, by a deadline or by hand, do not count.
 
     Args:
         backend: where it runs.
@@ -166,7 +166,7 @@ def ensure(
                 f"{backend.where} remembers {MAX_NAMES} jobs that did the same, as many as can be told apart: delete "
                 f"them there, {name} last (ray job delete, or kubectl delete rayjob)",
             )
-        spent = sum(ended.state is not State.STOPPED for _, ended in attempts)
+        spent = sum(ended.state is State.FAILED for _, ended in attempts)
         if not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status)):
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
