@@ -12,7 +12,7 @@ from flows import hooks, publish, stages
 from flows.archive import segment
 from flows.command import main
 from flows.config import ArchiveFlowConfig, BackfillConfig
-from flows.nights import nights_between
+from flows.nights import nights_between, refuse_future
 from jobs.contract import PredictResult
 from unetpp.errors import JobError, StorageError, UnetppError
 
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 def backfill(config: BackfillConfig) -> dict[str, PredictResult]:
     """Work on every night of the range that is not done, and publish the matrix; a night that fails stops no other.
 
-    Each night has `deadline_hours`. ConfigError, before the first, where there is no model.
+    Each night has `deadline_hours`. ConfigError, before the first, where there is no model, or the last has not begun.
     """
+    refuse_future(config.last, config.timezone)
     with contextlib.suppress(StorageError):  # each night asks anew
         stages.current_model(config.models)
     results: dict[str, PredictResult] = {}

@@ -71,10 +71,9 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield _check("clock", _store_url(config), _clock, "an s3:// place")
     yield _check("disk", config.free_gb, _disk, "--free-gb")
     yield _check("model", config.models, _model, "--models")
-    cluster = RayJobs(address) if address and address.startswith("http") else None
     yield _check("ray", address, lambda at: RayJobs(at).version(), "--ray or RAY_API_SERVER_ADDRESS")
-    yield _check("ray resources", cluster, _resources, "--ray or RAY_API_SERVER_ADDRESS")
-    yield _check("gpus", config.gpus or None, lambda number: _gpus(number, cluster), "--gpus")
+    yield _check("ray resources", address, lambda at: _resources(RayJobs(at)), "--ray or RAY_API_SERVER_ADDRESS")
+    yield _check("gpus", config.gpus or None, lambda number: _gpus(number, address), "--gpus")
     yield _check("prefect", api, _prefect, "--prefect or PREFECT_API_URL")
     yield _check("work pool", api, lambda at: _work_pool(at, config.work_pool), "--prefect or PREFECT_API_URL")
     yield _check("deployments", api, lambda at: _deployments(at, config.deployments), "--prefect or PREFECT_API_URL")
@@ -90,7 +89,7 @@ def _check(what: str, subject: Any, look: Callable[[Any], str], asked_by: str) -
         return Finding(what, "wrong", *map(str, wrong.args))
     except UnetppError as error:
         return Finding(what, "wrong", str(error), FIXES.get(what, ""))  # most of these sentences say what to do
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Finding(
             what, "wrong", f"{subject} does not answer ({type(error).__name__})", "start it, or mend its address"
         )
@@ -100,11 +99,12 @@ def _check(what: str, subject: Any, look: Callable[[Any], str], asked_by: str) -
 
 
 def _input(uri: str) -> str:
-    if (found := storage.find(uri)) is not None:
-        storage.read_range(uri, 0, min(1, found.size_bytes), found.etag)
+    place = storage.canonical(uri)  # some stores have an empty object for a folder, with a slash at its end
+    if (found := storage.find(place)) is not None:
+        storage.read_range(place, 0, min(1, found.size_bytes), found.etag)
         return f"{uri}: found, and read, {found.size_bytes} bytes"
-    for entry in storage.list_objects(uri):
-        content = storage.read_bytes(storage.join(storage.canonical(uri), entry.key), entry.etag)
+    for entry in storage.list_objects(place):
+        content = storage.read_bytes(storage.join(place, entry.key), entry.etag)
         return f"{uri}: listed, and {entry.key} read, {len(content)} bytes"
     raise _Wrong(f"{uri} is empty", "put images there, or mend --input")
 
@@ -190,9 +190,9 @@ def _resources(cluster: RayJobs) -> str:
     )
 
 
-def _gpus(wanted: int, cluster: RayJobs | None) -> str:
-    if cluster is not None:
-        there, where = int(cluster.usage().get("GPU", (0, 0))[1]), cluster.where
+def _gpus(wanted: int, address: str | None) -> str:
+    if address is not None:
+        there, where = int(RayJobs(address).usage().get("GPU", (0, 0))[1]), address
     else:
         where, program = "this machine", shutil.which("nvidia-smi")
         listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False).stdout if program else ""

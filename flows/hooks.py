@@ -4,6 +4,7 @@ Prefect calls hooks in whatever process is left, with nothing but the flow run: 
 """
 
 import logging
+import time
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def stop_jobs(flow: Any, flow_run: Any, state: Any) -> None:
-    """On cancellation: stop the jobs that the flow run follows, and let them drain."""
+    """On cancellation: stop the jobs that the flow run follows and let them drain, for `STOP_S` in all."""
+    deadline = time.monotonic() + ray_jobs.STOP_S
     try:
         place = (flow_run.parameters.get("config") or {}).get("jobs", "auto")
         backend = backend_of(place)
@@ -33,10 +35,8 @@ def stop_jobs(flow: Any, flow_run: Any, state: Any) -> None:
             if others := _followers(name) - {str(flow_run.id)}:
                 logger.info("%s goes on: flow run %s follows it too", name, ", ".join(sorted(others)))
                 continue
-            status = backend.status(name)
-            if status is not None and status.state.is_active:
-                logger.info("stopping %s", name)
-                ray_jobs.stop(backend, name)
+            left_s = max(0.0, deadline - time.monotonic())
+            logger.info("%s: %s", name, ray_jobs.stop_in_words(backend, name, timeout_s=left_s))
     except Exception as error:  # a hook has nobody to raise to
         logger.warning("the job could not be stopped (%s: %s): stop it by hand", type(error).__name__, error)
 

@@ -26,7 +26,11 @@ class RayJobs:
     survives = True
 
     def __init__(self, address: str) -> None:
-        if not address.startswith(("http://", "https://")):
+        try:
+            url = httpx.URL(address.rstrip("/"))
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(
                 f"the Ray cluster's address is {address!r}; wanted that of its dashboard, such as http://head:8265"
             )

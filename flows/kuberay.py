@@ -46,12 +46,21 @@ class KubeRayJobs:
         path = Path(os.environ.get("UNETPP_RAYJOB") or "infra/kuberay/rayjob.yaml")
         try:
             manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
-            config.load_config()
         except OSError as error:
             raise ConfigError(f"UNETPP_RAYJOB: {path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, config.ConfigException) as error:
+        except (yaml.YAMLError, UnicodeDecodeError):
+            manifest = None
+        match manifest:
+            case {"kind": "RayJob", "metadata": dict(metadata), "spec": dict()}:
+                namespace = metadata.get("namespace", "default")
+            case _:
+                raise ConfigError(
+                    f"UNETPP_RAYJOB: {path} holds no RayJob; wanted one such as infra/kuberay/rayjob.yaml"
+                )
+        try:
+            config.load_config()
+        except config.ConfigException as error:
             raise ConfigError(f"no way to Kubernetes: {error}") from None
-        namespace = manifest["metadata"].get("namespace", "default")
         return cls(client.CustomObjectsApi(), namespace, manifest)
 
     def status(self, submission_id: str) -> JobStatus | None:

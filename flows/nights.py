@@ -3,6 +3,8 @@
 from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
+from unetpp.errors import ConfigError
+
 MINUTES_A_DAY = 24 * 60
 
 
@@ -16,6 +18,16 @@ def night_of(moment: datetime, timezone: str, period_minutes: int = MINUTES_A_DA
     minutes = int(moment.timestamp()) // 60
     start = datetime.fromtimestamp((minutes - minutes % period_minutes) * 60, UTC)
     return f"{start:%Y%m%d%H%M}"
+
+
+def refuse_future(night: date, timezone: str) -> None:
+    """ConfigError for a night that has not begun: done before its images come, it would be passed over when they do."""
+    now = night_of(datetime.now(UTC), timezone)
+    if f"{night:%Y%m%d}" > now:
+        raise ConfigError(
+            f"the night {night} has not begun: in {timezone} it is {now[:4]}-{now[4:6]}-{now[6:]} until noon; "
+            "give none that is later"
+        )
 
 
 def nights_between(first: date, last: date) -> list[date]:

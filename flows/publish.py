@@ -65,6 +65,11 @@ class Following:
         self._progress: UUID | None = None
         self._shown, self._next = -1.0, 0.0
 
+    @property
+    def on_screen(self) -> bool:
+        """Whether all of the job's lines are shown to whoever started the flow."""
+        return self._lines is None
+
     def say(self, line: str) -> None:
         """One line of the job's log: on a terminal as it is, in Prefect's log a bounded number of them."""
         if self._lines is None:

@@ -24,7 +24,7 @@ Words = ParamSpec("Words")
 Answer = TypeVar("Answer")
 
 MAX_ATTEMPTS = 3
-"""Of a job that ends by itself. One that was stopped says nothing against the next: that goes on from there."""
+"""Of a job that fails. One that was stopped says nothing against the next: that goes on from there."""
 MAX_NAMES = 100
 """So many attempts can be told apart, those that were stopped and those that somebody asked for included."""
 MAX_ID_LENGTH = 47
@@ -127,8 +127,8 @@ def ensure(
     """See to it that a job runs, or has run, once.
 
     A job of this name that is waiting, running or done is attached to. One that ended with exit code 1 or 4, or was
-    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were stopped, by a
-    deadline or by hand, do not count.
+    lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were done, or were
+    stopped, by a deadline or by hand, do not count.
 
     Args:
         backend: where it runs.
@@ -159,8 +159,15 @@ def ensure(
         last, status = attempts[-1]
         if status.state.is_active or (status.state is State.SUCCEEDED and is_done()):
             return Submission(last, attached=True)
-        spent = sum(ended.state is not State.STOPPED for _, ended in attempts)
-        if (not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status))) or len(attempts) >= MAX_NAMES:
+        if len(attempts) >= MAX_NAMES:
+            raise JobError(
+                last,
+                status.exit_code,
+                f"{backend.where} remembers {MAX_NAMES} jobs that did the same, as many as can be told apart: delete "
+                f"them there, {name} last (ray job delete, or kubectl delete rayjob)",
+            )
+        spent = sum(ended.state is State.FAILED for _, ended in attempts)
+        if not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status)):
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
                 last,
@@ -221,7 +228,7 @@ def follow(
         if not status.state.is_active:
             return status
         if deadline is not None and time.monotonic() > deadline:
-            how = _stop_at_the_deadline(backend, name, stop_s, poll_s)
+            how = stop_in_words(backend, name, timeout_s=stop_s, poll_s=poll_s)
             log.pass_on(at_the_end=True)
             raise JobError(
                 name,
@@ -233,28 +240,31 @@ def follow(
 
 
 def stop(backend: JobBackend, name: str, *, timeout_s: float = STOP_S, poll_s: float = POLL_S) -> JobStatus | None:
-    """Tell a job to end, let it drain, and wait until it has ended; the last that is known of it then.
+    """Tell a job that has not ended to end, let it drain, and wait until it has; the last that is known of it then.
 
     It may still be active after `timeout_s`. TransientError where the cluster did not answer until then: it may run on.
     """
     deadline, poll_s = time.monotonic() + timeout_s, min(poll_s, 1.0)
-    _patiently(name, deadline, poll_s, backend.ask_to_stop, name)
-    while True:
-        status = _patiently(name, deadline, poll_s, backend.status, name)
-        if status is None or not status.state.is_active or time.monotonic() > deadline:
-            return status
+    status = _patiently(name, deadline, poll_s, backend.status, name)
+    if status is not None and status.state.is_active:
+        _patiently(name, deadline, poll_s, backend.ask_to_stop, name)
+    while status is not None and status.state.is_active and time.monotonic() <= deadline:
         time.sleep(poll_s)
+        status = _patiently(name, deadline, poll_s, backend.status, name)
+    return status
 
 
-def _stop_at_the_deadline(backend: JobBackend, name: str, timeout_s: float, poll_s: float) -> str:
-    """Stop a job; in words, how that went."""
+def stop_in_words(backend: JobBackend, name: str, *, timeout_s: float = STOP_S, poll_s: float = POLL_S) -> str:
+    """Stop a job; how that went, in words, also where the cluster did not answer."""
     try:
         status = stop(backend, name, timeout_s=timeout_s, poll_s=poll_s)
     except TransientError as error:
         return f"the cluster did not say whether it stopped, so it may run on ({error})"
-    if status is not None and status.state.is_active:
+    if status is None or status.state is State.STOPPED:
+        return "it was stopped"
+    if status.state.is_active:
         return f"it was told to stop, but had not ended {timeout_s:.0f} s later"
-    return "it was stopped"
+    return "it ended by itself"
 
 
 def _patiently(

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ValidationError
 from flows import lineage, publish, ray_jobs
 from flows.backends import backend_of
 from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
-from flows.nights import night_of
+from flows.nights import night_of, refuse_future
 from flows.outcome import GateResult
 from flows.ray_jobs import State
+from flows.submit import seen_from_elsewhere
 from jobs import models, registry, storage
 from jobs.config_file import write_command
 from jobs.contract import (
@@ -59,8 +60,12 @@ def deadline(config: FlowOptions) -> float:
 
 
 def tonight(config: ArchiveFlowConfig) -> str:
-    """Return the name of the night whose work a flow run does: the one asked for, else by its scheduled start."""
+    """Return the name of the night whose work a flow run does: the one asked for, else by its scheduled start.
+
+    ConfigError where the one asked for has not begun.
+    """
     if config.night is not None:
+        refuse_future(config.night, config.timezone)
         return f"{config.night:%Y%m%d}"
     due = config.due or runtime.flow_run.scheduled_start_time or datetime.now(UTC)
     return night_of(due, config.timezone, config.period_minutes)
@@ -346,7 +351,8 @@ def _once(
         logger.info("%s: unchanged, %s is done", stage, name)
         return result
     again = config.again
-    command = write_command(stage, job.model_copy(update={"result": result_uri}))
+    told = job.model_copy(update={"result": result_uri})
+    command = write_command(stage, seen_from_elsewhere(told) if backend.survives else told)
     metadata = {"night": night or "", "flow_run": runtime.flow_run.id or ""}
     for _ in range(ray_jobs.MAX_ATTEMPTS + 1):  # `ensure` ends it, where the cluster remembers
         submission = ray_jobs.ensure(
@@ -371,7 +377,10 @@ def _once(
             )
         if not backend.survives:
             assert status is not None
-            raise JobError(submission.submission_id, status.exit_code, backend.log(submission.submission_id)[-4000:])
+            why = (
+                "its last lines above say why" if following.on_screen else backend.log(submission.submission_id)[-4000:]
+            )
+            raise JobError(submission.submission_id, status.exit_code, why)
         if status is None:
             logger.warning("%s: %s was lost, its cluster does not know it any more", stage, submission.submission_id)
     raise JobError(name, None, f"lost {ray_jobs.MAX_ATTEMPTS} times: look after the cluster at {backend.where}")
@@ -384,12 +393,9 @@ def _follow(
     poll_s = ray_jobs.POLL_S if backend.survives else 0.2
     try:
         return ray_jobs.follow(backend, name, say=following.say, tick=following.tick, deadline=until, poll_s=poll_s)
-    except KeyboardInterrupt:
-        ray_jobs.stop(backend, name)
-        raise
-    except BaseException:
-        if not backend.survives:
-            ray_jobs.stop(backend, name)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or not backend.survives:
+            logger.info("%s: %s", name, ray_jobs.stop_in_words(backend, name))
         raise
 
 

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=BaseModel)
 
 PLACES: dict[str, Callable[[str], str]] = {
-    **dict.fromkeys(("data", "input", "metrics", "models", "out", "output", "result", "run"), storage.canonical),
+    **dict.fromkeys(
+        ("data", "input", "metrics", "models", "out", "output", "result", "run", "source"), storage.canonical
+    ),
     **dict.fromkeys(("init", "model"), models.canonical),
 }
 """Fields that say where something is, each with what gives a place its one spelling."""
@@ -55,7 +57,7 @@ def submit(job: str, config: BaseModel, *, address: str | None = None, detach: b
         status = ray_jobs.follow(backend, submission.submission_id, say=_say, poll_s=2.0)
     except KeyboardInterrupt:
         logger.info("stopping %s; what it is at gets time to be finished", submission.submission_id)
-        ray_jobs.stop(backend, submission.submission_id)
+        logger.info("%s", ray_jobs.stop_in_words(backend, submission.submission_id))
         return int(ExitCode.INTERRUPTED)
     if status is None:
         raise ConfigError(f"the cluster lost {submission.submission_id}; say the same again, it goes on from there")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jobs import storage, table
 from jobs.contract import AssembleConfig, AssembleResult
+from jobs.run_records import output_at
 from jobs.table import Part
 from jobs.windows import grid
 from unetpp.errors import ConfigError, ImageError, StorageError
@@ -39,7 +40,7 @@ class Found(NamedTuple):
 
 def run(config: AssembleConfig) -> AssembleResult:
     """Write the mask. ConfigError where there is none, or some of its windows are missing: all of them are named."""
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     newest = _newest(output, config)
     first = next(iter(newest.values())).row
     height, width = _size(config.key, newest)
@@ -76,13 +77,14 @@ def run(config: AssembleConfig) -> AssembleResult:
 def _newest(output: str, config: AssembleConfig) -> dict[tuple[int, int], Found]:
     """The newest row of every window of the image's newest version, grid and, unless one is named, model."""
     parts = table.list_parts(output, config.model)
+    source = None if config.source is None else storage.plain(storage.canonical(config.source))
     newest: dict[tuple[int, int], Found] = {}
     sources: set[str] = set()
     alike: tuple[object, ...] | None = None
     for part in sorted(parts, key=lambda part: part.run, reverse=True):
         for batch in table.scan([part], COLUMNS):
             for row in batch.filter(pc.equal(batch["key"], config.key)).to_pylist():
-                if config.source is not None and row["source_uri"] != config.source:
+                if source not in (None, row["source_uri"]):
                     continue
                 sources.add(row["source_uri"])
                 same = tuple(row[name] for name in ("model_digest", "etag", "num_windows", "window_px"))

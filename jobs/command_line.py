@@ -102,7 +102,7 @@ def _guarded(name: str, run: Callable[[], object]) -> int:
         if known is None:
             traceback.print_exception(error)
             return int(ExitCode.OTHER)
-        _say(name, _sentences(known))
+        _say(name, str(known).splitlines())
         return exit_code(known)
 
 
@@ -125,12 +125,6 @@ def _project_error(error: BaseException | None) -> UnetppError | None:
         seen.add(id(error))
         error = error.__cause__
     return None
-
-
-def _sentences(error: UnetppError) -> list[str]:
-    if isinstance(error, JobError):  # its lines were on the screen already
-        return [f"job {error.job} ended with exit code {error.exit_code}: its last lines above say why"]
-    return str(error).splitlines()
 
 
 def _mistyped(error: CycloptsError) -> str:

@@ -33,10 +33,10 @@ from jobs import manifest, sink, storage, table
 from jobs.contract import CompactConfig, Compaction, CompactResult, fingerprint
 from jobs.copied import Piece, cut, manifest_of, newest, num_parts
 from jobs.finish import write_up
-from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, read_record
-from jobs.runs import Archive, is_being_given_up, put_run
+from jobs.run_records import COMPACTED, RunRecord, State, list_runs, next_run, output_at, read_record
+from jobs.runs import Archive, put_run, refuse_unfinished
 from jobs.table import Part
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run(config: CompactConfig) -> CompactResult:
 
     ConfigError where a run is not finished.
     """
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     done = []
     for kind in sorted({_kind_of(record) for record in _read_records(output, list_runs(output)).values()}):
         started = time.monotonic()
@@ -83,7 +83,9 @@ def _begin(output: str, kind: _Kind, part_bytes: int) -> _Copying | None:
                 return _resume(output, record)
             if record.compacts and states[run] == "sealed":
                 _mark(output, record)
-        _refuse_unfinished(output, mine, states)
+        for run, record in mine.items():
+            run_uri, what = storage.join(output, "runs", run), f"run {run} of {', '.join(record.sources)}"
+            refuse_unfinished(run_uri, record, states[run], what=what, then="compact")
         states = list_runs(output)
         parts = table.parts_by_run(table.list_parts(output, None))
         chosen = [
@@ -208,20 +210,6 @@ def _record(
         "compacts": tuple(sorted(chosen)),
     }
     return latest.model_copy(update=changed)
-
-
-def _refuse_unfinished(output: str, records: dict[str, RunRecord], states: dict[str, State]) -> None:
-    for run, record in records.items():
-        what, run_uri = f"run {run} of {', '.join(record.sources)}", storage.join(output, "runs", run)
-        if states[run] == "open":
-            raise ConfigError(
-                f"{what} is not finished: finish it, or end it with unetpp abandon {run_uri}, then compact"
-            )
-        if is_being_given_up(run_uri, record, states[run]):
-            raise ConfigError(
-                f"{what} is being given up: let the command that does so end first; was it killed, unetpp abandon "
-                f"{run_uri} does the rest"
-            )
 
 
 def _is_small(parts: Sequence[Part], part_bytes: int) -> bool:

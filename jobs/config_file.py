@@ -89,14 +89,18 @@ def write_command(job: str, config: BaseModel) -> str:
         if value == default:
             continue
         dotted = ".".join(path).replace("_", "-")
-        if value is None or isinstance(value, bool | dict) or (isinstance(value, list) and path not in lists):
-            words = ["--set", f"{'.'.join(path)}={json.dumps(value)}"]
+        is_list = isinstance(value, list)
+        if value in (None, []) or isinstance(value, bool | dict) or (is_list and path not in lists):
+            words = ["--set", f"{'.'.join(path)}={json.dumps(value, ensure_ascii=False)}"]
         else:
-            words = [
-                word for each in (value if isinstance(value, list) else [value]) for word in (f"--{dotted}", str(each))
-            ]
+            words = [word for each in (value if is_list else [value]) for word in _said(f"--{dotted}", str(each))]
         (required if default is _NONE_GIVEN else changed).extend(words)
     return shlex.join(["unetpp", job, *required, *changed])
+
+
+def _said(flag: str, text: str) -> list[str]:
+    """The words that give a flag a value; one that begins with a dash would be a flag by itself."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
 _NONE_GIVEN = object()

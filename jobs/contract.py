@@ -13,14 +13,15 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from unetpp.card import MIN_GUARDED_IMAGES, UNSTATED, Int8Output, LevelChoice
 from unetpp.config import BANDS, AugmentConfig, Bands, Frozen, Level, ModelConfig, Pages, SynthKind, ValueRange
-from unetpp.engine_names import EngineChoice, EngineName
+from unetpp.engine_names import PRECISION, EngineChoice, EngineName
 from unetpp.errors import ImageErrorCode
 
 
 class ExitCode(IntEnum):
     """How a job ended, for shells and schedulers.
 
-    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on.
+    `inspect` ends with DONE_WITH_FAILED_IMAGES for warnings, and with CONFIG for a set that cannot be trained on;
+    `quantise` ends with CONFIG where int8 loses too much.
     """
 
     DONE = 0
@@ -364,7 +365,7 @@ MAX_IOU_DROP = "mean IoU that int8 may lose against float32 over all images"
 
 
 class QuantiseConfig(Frozen):
-    """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32."""
+    """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32: exit code 10."""
 
     model: str = Field(description="model folder or URI")
     data: str = Field(description=LABELLED_DATA)
@@ -564,7 +565,7 @@ class PredictConfig(PredictOptions):
             "num_workers",
             "node_labels",
             "threads",
-            "engine",  # but for its precision, which is part of the model's digest
+            "engine",  # but for its precision: masks of another are another model's
             "decode_seconds",
             "decode_memory_mb",
             "max_failed_share",
@@ -573,7 +574,8 @@ class PredictConfig(PredictOptions):
             "stall_s",
             "single_writer",
         }
-        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing))
+        precision = {} if self.engine == "auto" else {"precision": PRECISION[self.engine]}
+        return fingerprint(self.model_dump(mode="json", exclude=changes_nothing) | precision)
 
 
 class PredictResult(Frozen):
@@ -770,7 +772,8 @@ class ForgetConfig(Frozen):
     """Remove every mask of an image from an output; its rows stay and say `forgotten`.
 
     No model segments this version of the image there again, whatever the level or mode. There is no way back but a new
-    version of the image, which is a new image, or another output.
+    version of the image, which is a new image, or another output. An image is known by its input and its key: read
+    below another prefix, or from a copy elsewhere, it is another image, to be forgotten there too.
     """
 
     output: OutputUri

@@ -206,6 +206,8 @@ def still_failed(
 ) -> dict[Place, int]:
     """The images of a run whose newest row is a failure, with the attempts so far. What is forgotten is none.
 
+    Nor is an image, or a window of one, of which a newer run has another version or grid: that is what counts now.
+
     Args:
         output: where the table is.
         digest: the model's.
@@ -214,28 +216,26 @@ def still_failed(
         waiting: runs whose failures are not to be tried again now.
     """
     by_run = table.parts_by_run(table.list_parts(output, digest))
-    failed: dict[Place, int] = {}
-    sources: set[str] = set()
-    windows: dict[tuple[str, str], tuple[tuple[object, ...], set[Place]]] = {}
-    """Of the run: grid and places of an image."""
+    failed: dict[tuple[str, str], tuple[tuple[object, ...], dict[tuple[int, int], int]]] = {}
+    """Of an image: its grid, and the attempts at each of its windows."""
     for number in sorted(name for name in by_run if name >= run):
         for batch in table.scan(by_run[number], [*PLACE, *GRID, "error_code", "attempts"]):
             for row in batch.to_pylist():
-                place, grid = tuple(row[name] for name in PLACE), tuple(row[name] for name in GRID)
+                image, window = (row["source_uri"], row["key"]), (row["window_y"], row["window_x"])
+                grid, code = tuple(row[name] for name in GRID), row["error_code"]
+                is_failed = code not in (None, "forgotten") and number not in waiting and (not only or code in only)
                 if number == run:
-                    sources.add(row["source_uri"])
-                    if row["num_windows"] > 1:
-                        windows.setdefault(place[:2], (grid, set()))[1].add(place)
-                elif windows.get(place[:2], (grid,))[0] != grid:
-                    for other in windows.pop(place[:2])[1]:  # of a newer version or grid, which is what counts now
-                        failed.pop(other, None)
-                if row["source_uri"] not in sources or (number != run and place not in failed):
-                    continue
-                failed.pop(place, None)
-                code = row["error_code"]
-                if code not in (None, "forgotten") and number not in waiting and (not only or code in only):
-                    failed[place] = row["attempts"]
-    return failed
+                    if is_failed:
+                        failed.setdefault(image, (grid, {}))[1][window] = row["attempts"]
+                elif image in failed:
+                    before, attempts = failed[image]
+                    if grid != before:
+                        del failed[image]
+                    elif window in attempts:
+                        del attempts[window]
+                        if is_failed:
+                            attempts[window] = row["attempts"]
+    return {(*image, *window): tries for image, (_, of) in failed.items() for window, tries in of.items()}
 
 
 def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from jobs import forgotten, lease, manifest, sink, storage, table
 from jobs.contract import ForgetConfig, ForgetResult
 from jobs.finish import write_up
-from jobs.run_records import RunRecord, State, list_runs, read_record
-from jobs.runs import Archive, is_being_given_up
+from jobs.run_records import RunRecord, State, list_runs, output_at, read_record
+from jobs.runs import Archive, refuse_unfinished
 from jobs.sink import Footer
 from jobs.table import Part
 from unetpp.errors import ConfigError
@@ -35,7 +35,7 @@ def run(config: ForgetConfig) -> ForgetResult:
 
     ConfigError where no run has it, or one that may still write a mask of it: it is open, or is being given up.
     """
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     if config.source is not None:
         config = config.model_copy(update={"source": storage.plain(storage.canonical(config.source))})
     num_rows: dict[str, int] = {}
@@ -101,16 +101,7 @@ def _listed(run_uri: str, record: RunRecord, config: ForgetConfig) -> list[dict[
 
 def _refuse_unfinished(run_uri: str, record: RunRecord, state: State, key: str) -> None:
     """ConfigError where somebody may still write a mask of the image."""
-    if state == "open":
-        raise ConfigError(
-            f"run {record.run} is not finished and has {key!r} to do: finish it, or end it with "
-            f"unetpp abandon {run_uri}, then forget"
-        )
-    if is_being_given_up(run_uri, record, state):
-        raise ConfigError(
-            f"run {record.run} has {key!r} to do and is being given up: let the command that does so end first; was it "
-            f"killed, unetpp abandon {run_uri} does the rest, then forget"
-        )
+    refuse_unfinished(run_uri, record, state, what=f"run {record.run}, which has {key!r} to do,", then="forget")
     if state == "abandoned" and (held := lease.live(Archive.of(run_uri, record), record)) is not None:
         raise ConfigError(
             f"{held.owner} still works on run {record.run}, which was given up and has {key!r}: stop it, or wait "

@@ -14,7 +14,7 @@ import numpy as np
 from jobs import indexes, sink, storage, table
 from jobs.contract import GcConfig, GcResult
 from jobs.manifest import find
-from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, holder_of, list_runs, read_record
+from jobs.run_records import COMPACTED, HINTS, INDEXES, RunRecord, holder_of, list_runs, output_at, read_record
 from jobs.runs import is_being_given_up
 from jobs.storage import SCRATCH
 
@@ -29,7 +29,7 @@ Names = bytearray
 
 def run(config: GcConfig) -> GcResult:
     """List the garbage of an output, or with `delete` remove it."""
-    output = storage.canonical(config.output)
+    output = output_at(config.output)
     counts: dict[str, int] = {}
     num_bytes = 0
     with storage.io_threads() as threads:

@@ -8,7 +8,7 @@ import re
 from jobs import storage
 from jobs.models import fetch_model
 from unetpp.config import Frozen, Level
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import ConfigError, ModelError, StorageError
 
 _CURRENT = re.compile(r"current-(\d{5})\.json")
 
@@ -29,8 +29,14 @@ def model_uri(models: str, digest: str) -> str:
 
 
 def has_int8(models: str, digest: str) -> bool:
-    """Return whether the model of this digest has an int8 form, by its config."""
-    return storage.read_json(storage.join(model_uri(models, digest), "config.json")).get("quantised") is not None
+    """Return whether the model of this digest has an int8 form, by its config. ModelError where the model is gone."""
+    uri = model_uri(models, digest)
+    try:
+        return storage.read_json(storage.join(uri, "config.json")).get("quantised") is not None
+    except FileNotFoundError:
+        raise ModelError(
+            f"there is no model at {uri}: copy it there again, or go back: unetpp rollback --models {models}"
+        ) from None
 
 
 def current(models: str) -> tuple[int, CurrentModel | None]:

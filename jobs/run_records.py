@@ -18,6 +18,7 @@ from unetpp.errors import ConfigError, StorageError
 
 SUCCESS, ABANDONED, COMPACTED = "_SUCCESS.json", "_ABANDONED.json", "_COMPACTED.json"
 HINTS, INDEXES = "hints", "indexes"
+LAST_RUN = 99_999
 
 State = Literal["open", "sealed", "abandoned", "compacted"]
 """Of a run. compacted: another run holds the newest of its rows, and its parts may be removed (`jobs.compact`)."""
@@ -46,14 +47,32 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
 
 
+def output_at(uri: str) -> str:
+    """The one spelling of an output that is to be looked after.
+
+    ConfigError where nothing is there. An empty folder is fine: no run has come yet; a prefix without objects is none.
+    """
+    output = storage.canonical(uri)
+    is_empty = next(storage.list_objects(output, missing_ok=True), None) is None
+    if is_empty and (storage.is_remote(output) or not storage.exists(output)):
+        raise ConfigError(f"there is nothing below {output}; wanted an output of unetpp predict: check the spelling")
+    return output
+
+
 def output_of(run_uri: str) -> str:
     """The output that a run's folder is below."""
     return run_uri.removesuffix("/").rpartition("/runs/")[0]
 
 
 def next_run(found: Iterable[str]) -> str:
-    """The name of the run after those that there are."""
-    return f"r{max((int(name[1:]) for name in found), default=0) + 1:05d}"
+    """The name of the run after those that there are. ConfigError after r99999: names are ordered as text."""
+    number = max((int(name[1:]) for name in found), default=0) + 1
+    if number > LAST_RUN:
+        raise ConfigError(
+            f"the output has a run r{number - 1:05d}, and r{LAST_RUN} is the last that there can be: name another "
+            "output, with a copy of this one's forgotten/ if it has one"
+        )
+    return f"r{number:05d}"
 
 
 def state_of(run_uri: str) -> State:

@@ -294,6 +294,20 @@ def is_being_given_up(run_uri: str, record: RunRecord, state: State) -> bool:
     return state == "abandoned" and bool(pending_shards(Archive.of(run_uri, record), record))
 
 
+def refuse_unfinished(run_uri: str, record: RunRecord, state: State, *, what: str, then: str) -> None:
+    """ConfigError for a run whose shards somebody may still commit: it is open, or is being given up.
+
+    `what` says which run that is, `then` the command to say again.
+    """
+    if state == "open":
+        raise ConfigError(f"{what} is not finished: finish it, or end it with unetpp abandon {run_uri}, then {then}")
+    if is_being_given_up(run_uri, record, state):
+        raise ConfigError(
+            f"{what} is being given up: let the command that does so end first; was it killed, unetpp abandon "
+            f"{run_uri} does the rest, then {then}"
+        )
+
+
 def _give_up_forgotten(archive: Archive, record: RunRecord) -> bool:
     """Abandon a run that has an image which was forgotten after it was planned; whether it has.
 

@@ -72,7 +72,7 @@ def test_every_command_that_the_readme_names_is_there() -> None:
         assert (ROOT / f"{flow.replace('.', '/')}.py").is_file()
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
+def test_every_file_that_the_readme_names_is_there_and_every_module_is_named() -> None:
     (tree,) = re.findall(r"^```\n(unetpp/ .*?)^```", README, re.MULTILINE | re.DOTALL)
     named, folder = set(re.findall(r"`((?:unetpp|jobs|flows|infra|tests)/[\w/.]+)`", README)), ""
     for line in tree.splitlines():
@@ -81,3 +81,7 @@ def test_every_file_that_the_readme_names_is_there() -> None:
         named |= {folder + name for name in re.findall(r"\w+\.py", line)}
     assert len(named) > 25
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    modules = {
+        f"{path.parent.name}/{path.name}" for name in ("unetpp", "jobs", "flows") for path in (ROOT / name).glob("*.py")
+    }
+    assert sorted(name for name in modules - named if not name.endswith("__init__.py")) == []

@@ -76,14 +76,15 @@ class StorageError(UnetppError):
 class JobError(UnetppError):
     """A submitted job ended badly.
 
-    `job` names it, `exit_code` is its own (None when unknown), `log_tail` its last lines.
+    `job` names it, `exit_code` is its own (None when unknown), `reason` says what happened, or has its last lines.
     """
 
-    def __init__(self, job: str, exit_code: int | None, log_tail: str) -> None:
-        super().__init__(job, exit_code, log_tail)
+    def __init__(self, job: str, exit_code: int | None, reason: str) -> None:
+        super().__init__(job, exit_code, reason)
         self.job = job
         self.exit_code = exit_code
-        self.log_tail = log_tail
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"job {self.job} ended with exit code {self.exit_code}; its last lines:\n{self.log_tail}"
+        code = "" if self.exit_code is None else f" (exit code {self.exit_code})"
+        return f"job {self.job}{code}: {self.reason}"

@@ -82,7 +82,7 @@ def refuses(output: str) -> bool:
     try:
         forget.run(ForgetConfig(output=output, key=KEY))
     except ConfigError as error:
-        return "is not finished and has 'b.png' to do" in str(error)
+        return "which has 'b.png' to do, is not finished" in str(error)
     return False
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from flows.config import ArchiveFlowConfig, NightlyConfig, TrainFlowConfig
 from jobs.config_file import load_config, write_yaml
-from jobs.contract import PredictOptions, TrainConfig, TrainOptions
+from jobs.contract import PredictConfig, PredictOptions, TrainConfig, TrainOptions
 from unetpp.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "infra" / "recipes"
@@ -21,6 +21,15 @@ def test_a_flow_trains_and_predicts_by_the_jobs_own_options() -> None:
     night = load_config(NightlyConfig, None, [*PLACES, "train.epochs=7", "predict.shard_images=5"])
     assert night.train == TrainOptions(epochs=7)
     assert night.predict == PredictOptions(shard_images=5)
+
+
+def test_a_night_is_other_work_in_another_precision_and_the_same_by_another_engine() -> None:
+    def work(**how: object) -> str:
+        places = {"model": "m", "input": "i", "output": "o"}
+        return PredictConfig.model_validate(places | how).output_fingerprint()
+
+    assert work(engine="openvino") == work(engine="torch", num_workers=2, threads=1)
+    assert len({work(engine=engine) for engine in ("openvino", "openvino-bf16", "openvino-int8")}) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from flows.config import DoctorConfig
 from flows.doctor import examine
+from jobs import storage
 
 
 @pytest.fixture
@@ -57,6 +58,26 @@ def test_what_was_not_asked_for_says_how_to_ask(tmp_path: Path, monkeypatch: pyt
         "disk",
     }
     assert "RAY_API_SERVER_ADDRESS" in findings["ray"].seen
+
+
+def test_what_cannot_be_asked_is_found_and_the_rest_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
+    asked = DoctorConfig(ray="http://127.0.0.1:1", gpus=1, prefect="http://127.0.0.1:port/api")
+    findings = {finding.what: finding for finding in examine(asked)}
+    for what in ("ray", "ray resources", "gpus"):
+        assert findings[what].state == "wrong"
+        assert "RAY_AUTH_TOKEN_PATH names" in findings[what].seen
+    assert findings["automations"].state == "wrong"
+    assert "does not answer (InvalidURL)" in findings["prefect"].seen
+
+
+def test_an_input_is_listed_and_read_however_it_is_spelt(place: str) -> None:
+    storage.write_bytes(f"{place}/images/a.png", b"image")
+    for spelt in (f"{place}/images", f"{place}/images/"):
+        (finding, *_) = examine(DoctorConfig(input=spelt))
+        assert (finding.state, finding.seen) == ("ok", f"{spelt}: listed, and a.png read, 5 bytes")
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:

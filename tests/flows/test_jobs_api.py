@@ -65,9 +65,10 @@ def test_nothing_at_the_address_is_told() -> None:
         RayJobs("http://127.0.0.1:1").status("job")
 
 
-def test_an_address_without_a_scheme_is_told() -> None:
+@pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "http://", "http://head:dashboard"])
+def test_what_is_no_address_of_a_dashboard_is_told(address: str) -> None:
     with pytest.raises(ConfigError, match="wanted that of its dashboard, such as http://head:8265"):
-        RayJobs("ray://head:10001")
+        RayJobs(address)
 
 
 def test_a_cluster_that_wants_a_token_says_so(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:

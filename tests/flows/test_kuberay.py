@@ -153,3 +153,12 @@ def test_no_answer_is_passing(jobs: KubeRayJobs, kubernetes: Kubernetes) -> None
     kubernetes.server.server_close()
     with pytest.raises(TransientError, match="does not answer"):
         jobs.status("job")
+
+
+@pytest.mark.parametrize("content", ["", "- a", "kind: RayJob", "kind: RayCluster\nmetadata: {}\nspec: {}", "a: b: c"])
+def test_a_manifest_of_something_else_is_told(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.yaml").write_text(content)
+    monkeypatch.setenv("UNETPP_RAYJOB", str(tmp_path / "job.yaml"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"job.yaml holds no RayJob; wanted one such as"):
+        KubeRayJobs.from_environment()

@@ -175,7 +175,7 @@ def test_a_training_that_took_too_long_leaves_time_for_the_archive(
     monkeypatch.setattr("flows.nightly.make_model", overrun)
     monkeypatch.setattr("flows.nightly.segment", lambda config, night, until: left.append(until - time.monotonic()))
     with pytest.raises(JobError, match="the deadline"):
-        nightly.fn(night_config.model_copy(update={"night": date(2026, 11, 24), "deadline_hours": 0.0001}))
+        nightly.fn(night_config.model_copy(update={"night": date(2026, 3, 24), "deadline_hours": 0.0001}))
     assert left[0] > 0
 
 
@@ -186,7 +186,7 @@ def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
 
     def segment(config: object, night: str, until: float) -> None:
         left.append(until - time.monotonic())
-        if night == "20261125":
+        if night == "20260325":
             raise TransientError("the Ray cluster answers 502")
         overrun(config, until)
 
@@ -199,8 +199,8 @@ def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
                 models=night_config.models,
                 input=night_config.input,
                 output=night_config.output,
-                first=date(2026, 11, 24),
-                last=date(2026, 11, 25),
+                first=date(2026, 3, 24),
+                last=date(2026, 3, 25),
                 deadline_hours=0.0001,
             )
         )
@@ -210,7 +210,7 @@ def test_every_night_of_a_range_has_its_own_time_and_stops_no_other(
 def test_without_a_current_model_an_archive_is_refused(night_config: NightlyConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no current model"):
         stages.predict_stage.fn(
-            night_config.model_copy(update={"models": str(tmp_path)}), "20261124", time.monotonic() + 600
+            night_config.model_copy(update={"models": str(tmp_path)}), "20260324", time.monotonic() + 600
         )
 
 

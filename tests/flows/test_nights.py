@@ -1,10 +1,11 @@
 """Which night a moment belongs to."""
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
-from flows.nights import night_of, nights_between
+from flows.nights import night_of, nights_between, refuse_future
+from unetpp.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,10 @@ def test_a_shorter_period_is_named_by_its_first_minute() -> None:
 
 def test_a_range_has_both_its_ends() -> None:
     assert [night.day for night in nights_between(date(2026, 11, 29), date(2026, 12, 1))] == [29, 30, 1]
+
+
+def test_the_last_night_that_has_begun_is_this_one() -> None:
+    tonight = datetime.strptime(night_of(datetime.now(UTC), "Pacific/Auckland"), "%Y%m%d").date()
+    refuse_future(tonight, "Pacific/Auckland")
+    with pytest.raises(ConfigError, match="has not begun"):
+        refuse_future(tonight + timedelta(days=2), "Pacific/Auckland")

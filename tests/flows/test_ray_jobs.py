@@ -127,9 +127,21 @@ def test_an_attempt_that_was_stopped_is_none_of_the_three() -> None:
     stopped.jobs |= {"job-a4": [failed(1)], "job-a5": [failed(1)]}
     with pytest.raises(JobError, match="the last attempt"):
         ensured(stopped)
-    named = Cluster(job=[STOPPED], **{f"job_a{number}": [STOPPED] for number in range(1, MAX_NAMES)})
+
+
+def test_a_night_that_was_looked_at_often_has_its_three_attempts_still() -> None:
+    looked_at = Cluster(job=[SUCCEEDED], job_a1=[SUCCEEDED], job_a2=[SUCCEEDED], job_a3=[failed(1)])
+    assert ensured(looked_at) == ("job-a4", False)
+    looked_at.jobs |= {"job-a4": [failed(1)], "job-a5": [failed(1)]}
     with pytest.raises(JobError, match="the last attempt"):
-        ensured(named)
+        ensured(looked_at)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_job_whose_names_are_used_up_says_what_helps(again: bool) -> None:
+    named = Cluster(job=[STOPPED], **{f"job_a{number}": [STOPPED] for number in range(1, MAX_NAMES)})
+    with pytest.raises(JobError, match=f"a cluster remembers {MAX_NAMES} jobs that did the same.*delete them there"):
+        ensured(named, again=again)
 
 
 def test_somebody_who_mended_it_may_ask_again() -> None:

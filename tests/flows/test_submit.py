@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.submit import seen_from_elsewhere
-from jobs.contract import AssembleConfig, PredictConfig, TrainConfig
+from jobs.contract import AssembleConfig, ForgetConfig, PredictConfig, TrainConfig
 from unetpp import packaged
 from unetpp.errors import ModelError
 
@@ -31,6 +31,11 @@ def test_paths_become_absolute_and_packaged_models_stay_names(here: Path, model:
     assert seen.model == there.format(here=here)
     assert (seen.input, seen.output, seen.result) == ((f"{here}/images",), "s3://bucket/out", None)
     assert seen_from_elsewhere(seen) == seen
+
+
+def test_the_archive_that_an_image_is_forgotten_of_is_a_place(here: Path) -> None:
+    seen = seen_from_elsewhere(ForgetConfig(output="out", key="a/b.png", source="images"))
+    assert (seen.output, seen.key, seen.source) == (f"{here}/out", "a/b.png", f"{here}/images")
 
 
 def test_what_a_training_starts_from_is_a_model(here: Path) -> None:

@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,6 +69,23 @@ def test_a_config_can_be_told_as_a_command(printed, tmp_path: Path) -> None:
     assert program == "unetpp"
     assert "--seed" not in words
     assert TrainConfig.model_validate(printed(*words)[1]) == config
+
+
+@pytest.mark.parametrize(
+    ("job", "changed"),
+    [
+        ("explain", {"run": "r", "key": "-cut/a b.png"}),
+        ("explain", {"run": "-r", "key": "--help"}),
+        ("predict", {"model": "m", "input": "-i", "output": "o", "exclude": ["-*", "*,a", "[ab]*", ""]}),
+        ("inspect", {"data": "d", "leave_out": []}),
+        ("train", {"data": "d", "output": "o", "model": {"value_range": {"float32": [-1.0, 1.0]}}}),
+        ("train", {"data": "d", "output": "o", "balance_by": "stain", "group_weights": {"𠮷": 0.5, "-é": 0.5}}),
+    ],
+)
+def test_a_command_line_gives_back_whatever_texts_a_config_has(job: str, changed: dict[str, Any], printed) -> None:
+    config = JOBS[job].model_validate(changed)
+    _, *words = shlex.split(write_command(job, config))
+    assert JOBS[job].model_validate(printed(*words)[1]) == config
 
 
 def test_flags_win_over_settings_and_settings_over_the_file(tmp_path: Path, printed) -> None:
@@ -277,7 +295,7 @@ class Nothing(BaseModel):
         (TransientError("x"), 20),
         (JobError("predict", 20, "log"), 20),
         (JobError("predict", -9, "log"), 1),
-        (JobError("predict", None, "log"), 1),
+        (JobError("predict", None, "lost 3 times: look after the cluster"), 1),
         (UnetppError("x"), 1),
         (KeyboardInterrupt(), 4),
     ],
@@ -296,6 +314,7 @@ def test_an_error_decides_the_exit_code_and_shows_no_traceback(
     assert "Traceback" not in said
     if isinstance(error, UnetppError):
         assert exit_code(error) == code
+        assert said == f"tool: {error}\n"
 
 
 def test_a_framework_that_wraps_an_error_does_not_hide_it(capsys: pytest.CaptureFixture[str]) -> None:

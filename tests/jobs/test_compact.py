@@ -327,7 +327,7 @@ def test_what_is_forgotten_while_it_is_copied_does_not_come_back(output: str) ->
 
 def test_an_image_that_is_being_copied_is_forgotten_after_that(output: str) -> None:
     begun(output)
-    with pytest.raises(ConfigError, match=r"r00004 is not finished and has 'a2\.png' to do"):
+    with pytest.raises(ConfigError, match=r"r00004, which has 'a2\.png' to do, is not finished.*then forget"):
         forget.run(ForgetConfig(output=output, key="a2.png"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from jobs import registry, storage
 from jobs.cli import run_command_line
 from jobs.registry import CurrentModel
-from unetpp.errors import ConfigError, StorageError
+from unetpp.errors import ConfigError, ModelError, StorageError
 
 
 def model_named(digest: str) -> CurrentModel:
@@ -48,6 +48,16 @@ def test_a_promotion_copies_the_model_and_names_it(tmp_path: Path, exported_dir:
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
         path.name: path.read_bytes() for path in exported_dir.iterdir()
     }
+
+
+def test_a_current_model_that_is_gone_is_told(tmp_path: Path, exported_dir: Path) -> None:
+    models = str(tmp_path / "models")
+    (exported_dir / "config.json").write_text("{}")
+    assert registry.promote(models, 1, model_named("a" * 64), str(exported_dir))
+    assert not registry.has_int8(models, "a" * 64)
+    (tmp_path / "models" / ("a" * 64) / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no model at .*/aaa.*go back: unetpp rollback"):
+        registry.has_int8(models, "a" * 64)
 
 
 def test_the_highest_number_is_the_current_model(tmp_path: Path, exported_dir: Path) -> None:

@@ -153,6 +153,16 @@ def test_parts_are_listed_in_order_and_strangers_are_not(place: str, commit) -> 
     assert [footer.shard for footer in table.read_footers(parts)] == [2, 11, 0]
 
 
+def test_a_version_that_was_replaced_is_not_tried_again(place: str, commit) -> None:
+    commit("r00001", 0, {"a": (PASSING, 1), "b": (PASSING, 1), "c": (PASSING, 1)})
+    commit("r00002", 0, {"a": (PASSING, 1), "b": None}, etag="replaced")
+    commit("r00002", 1, {"c": (PASSING, 2)})
+    assert still_failed(place, DIGEST, "r00001") == {("s", "c", 0, 0): 2}
+    assert still_failed(place, DIGEST, "r00002") == {("s", "a", 0, 0): 1, ("s", "c", 0, 0): 2}
+    commit("r00003", 0, {"c": None})
+    assert still_failed(place, DIGEST, "r00001") == {}
+
+
 # ---------------------------------------------------------------------------------------------- windows
 
 

@@ -197,7 +197,7 @@ def test_one_key_of_two_inputs_is_two_images(segment, two_inputs: tuple[Path, Pa
     with pytest.raises(ConfigError, match="in several archives"):
         assembled(tmp_path / "out", "big.tif")
     for source in (images, other):
-        with assembled(tmp_path / "out", "big.tif", source=str(source)) as file:
+        with assembled(tmp_path / "out", "big.tif", source=f"{source}/") as file:
             wanted = put_together(rows_of(tmp_path / "out", key="big.tif", source_uri=str(source)), "mask_png")
             np.testing.assert_array_equal(file.asarray(), wanted * np.uint8(255))
     gone = forget.run(ForgetConfig(output=str(tmp_path / "out"), key="big.tif", source=str(other)))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from jobs import (
     abandon,
+    assemble,
     compact,
     explain,
     forget,
@@ -31,6 +32,7 @@ from jobs import (
 )
 from jobs.contract import (
     AbandonConfig,
+    AssembleConfig,
     CompactConfig,
     ExitCode,
     ExplainConfig,
@@ -347,7 +349,9 @@ def test_an_image_is_not_forgotten_while_a_run_that_has_it_is_being_given_up(
         patch.setattr(sink, "abandon", lambda *_, **__: (_ for _ in ()).throw(StorageError("out of order")))
         with pytest.raises(StorageError):
             abandon.run(AbandonConfig(run=run_uri))
-    with pytest.raises(ConfigError, match=r"r00002 has 'a\.png' to do and is being given up.*unetpp abandon .*r00002"):
+    with pytest.raises(
+        ConfigError, match=r"r00002, which has 'a\.png' to do, is being given up.*unetpp abandon .*r00002.*then forget"
+    ):
         forget.run(ForgetConfig(output=output, key="a.png"))
     abandon.run(AbandonConfig(run=run_uri))
     record = read_record(run_uri)
@@ -371,11 +375,13 @@ def test_an_image_that_is_nowhere_or_yet_to_be_done_is_refused(
     segment, output: str, archive: Path, tiny_model: Path
 ) -> None:
     digest = segment(output=output + "-elsewhere").model_digest
-    with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
-        forget.run(ForgetConfig(output=output, key="nowhere.png"))
     config = PredictConfig(model=str(tiny_model), input=str(archive), output=output, shard_images=5)
     open_run(Archive((Source(str(archive)),), output, digest, config))
-    with pytest.raises(ConfigError, match=r"r00001 is not finished and has 'a\.png' to do.*unetpp abandon .*r00001"):
+    with pytest.raises(ConfigError, match=r"no run of .* has an image 'nowhere\.png'"):
+        forget.run(ForgetConfig(output=output, key="nowhere.png"))
+    with pytest.raises(
+        ConfigError, match=r"r00001, which has 'a\.png' to do, is not finished.*unetpp abandon .*r00001"
+    ):
         forget.run(ForgetConfig(output=output, key="a.png"))
 
 
@@ -442,6 +448,39 @@ def test_a_run_that_is_finished_or_all_committed_is_not_abandoned(segment, outpu
         abandon.run(AbandonConfig(run=run_uri))
     rebuild.run(RebuildConfig(run=run_uri))
     assert list_runs(output) == {"r00001": "sealed"}
+
+
+# ------------------------------------------------------------------------------------------------ the last run
+
+
+def test_no_run_comes_after_the_last_number_that_sorts_as_text(segment, output: str) -> None:
+    segment(level=1)
+    for name in ("run.json", "_SUCCESS.json"):
+        content = storage.read_bytes(storage.join(output, "runs", "r00001", name))
+        storage.write_bytes(storage.join(output, "runs", "r99999", name), content.replace(b"r00001", b"r99999"))
+    with pytest.raises(ConfigError, match=r"the output has a run r99999.*name another output"):
+        segment()
+    assert list_runs(output).keys() == {"r00001", "r99999"}
+
+
+# ------------------------------------------------------------------------------------------------ nothing there
+
+
+def test_an_output_that_is_not_there_is_told(output: str, tmp_path: Path) -> None:
+    calls: list[Callable[[str], object]] = [
+        lambda where: gc.run(GcConfig(output=where, delete=True)),
+        lambda where: compact.run(CompactConfig(output=where)),
+        lambda where: forget.run(ForgetConfig(output=where, key="a.png")),
+        lambda where: assemble.run(AssembleConfig(output=where, key="a.png", out=str(tmp_path / "mask.tif"))),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"nothing below .*/out; wanted an output of unetpp predict: check"):
+            call(output)
+
+
+def test_an_output_that_is_empty_yet_is_in_order(tmp_path: Path) -> None:
+    assert gc.run(GcConfig(output=str(tmp_path), delete=True)).objects == {}
+    assert compact.run(CompactConfig(output=str(tmp_path))).compactions == ()
 
 
 # ------------------------------------------------------------------------------------------------ the newest mask
