@@ -180,7 +180,8 @@ def _fit(
     steps_per_epoch: int,
 ) -> None:
     """Train to the end of the run, through the deaths of workers; the checkpoints are the result."""
-    if is_over(config, next((each.history for each in checkpoints.complete(run_uri)), ())):
+    found = checkpoints.newest(run_uri)
+    if is_over(config, found[0].history if found else ()):
         return
     use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     with storage.arrow(run_uri) as (filesystem, storage_path):

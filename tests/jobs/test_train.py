@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboardX.proto import event_pb2
 
+from jobs import checkpoints
 from jobs.array_file import cache_dir
 from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
@@ -334,3 +335,15 @@ def test_a_model_that_was_removed_is_made_again_from_its_checkpoints(data_dir: P
     again = run(config(data_dir, tmp_path, epochs=1, steps_per_epoch=1))
     assert (again.digest, again.steps) == (first.digest, 1)
     assert read_pretrained(again.model_uri).classes == ("background", "foreground")
+
+
+def test_the_last_epoch_is_trained_again_where_its_checkpoint_is_torn(data_dir: Path, tmp_path: Path) -> None:
+    first = run(config(data_dir, tmp_path))
+    shutil.rmtree(first.model_uri)
+    last, before = checkpoints.complete(str(tmp_path / first.run))
+    (tmp_path / first.run / "checkpoints" / last.state).write_bytes(b"torn")
+    again = run(config(data_dir, tmp_path))
+    found = checkpoints.newest(str(tmp_path / first.run))
+    assert found is not None
+    assert (found[0].epoch, before.epoch) == (last.epoch, last.epoch - 1)
+    assert (again.digest, again.epochs, again.steps) == (first.digest, 2, 6)
