@@ -20,6 +20,8 @@ from unetpp.predictor import Predictor
 
 START_S = 900
 """How long the first workers may take to start: longer than a node takes to come."""
+MAX_PER_GPU = 4
+"""Actors that share a GPU unless told otherwise."""
 SILENT_STALLS = 4
 """A run without a commit for so many stall_s is given up: longer than the three tries of a shard that hangs."""
 
@@ -110,10 +112,10 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
 
 
 def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tuple[Any, dict[str, Any]]:
-    """Actors and what each holds: one a GPU where there are GPUs, else as many as the CPUs carry.
+    """Actors and what each holds: a share of a GPU where there are GPUs, else as many as the CPUs carry.
 
     Unless `num_workers` fixes it, their number follows the nodes that come and go. In topology split a CPU stays free
-    for what reads and writes, and a GPU's actor holds none.
+    for what reads and writes, and a GPU's actors hold none.
     """
     resources = ray.cluster_resources()
     num_gpus, available_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -121,17 +123,29 @@ def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tu
     if num_cpus + is_split * (not num_gpus) > available_cpus and not is_cluster():
         raise ConfigError(f"threads {num_cpus} is more than the {available_cpus} CPUs that Ray has; ask for fewer")
     # a cluster without nodes may well bring some when asked
-    room = num_gpus or max(1, (available_cpus - is_split) // num_cpus)
+    per_gpu = _per_gpu(ray, config, num_cpus) if num_gpus else 1
+    room = num_gpus * per_gpu or max(1, (available_cpus - is_split) // num_cpus)
     size = max(1, min(num_shards, room, config.num_workers or room))
     per_actor: dict[str, Any] = {"num_cpus": 0 if num_gpus and is_split else num_cpus, **_labels(config)}
     if num_gpus:
-        per_actor["num_gpus"] = 1
+        per_actor["num_gpus"] = 10_000 // per_gpu / 10_000  # Ray counts to four decimals: three thirds are to fit
     if config.num_workers is not None:
         return ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), per_actor
     initial = 1 if config.node_labels else size  # how many of the nodes have them is not known
     # What reads and writes takes no room from engines: these would grow until nothing was left for it.
     sizes = {"min_size": 1, "initial_size": initial, "max_size": size if is_split else num_shards}
     return ray.data.ActorPoolStrategy(**sizes, max_tasks_in_flight_per_actor=2), per_actor
+
+
+def _per_gpu(ray: Any, config: PredictConfig, num_cpus: int) -> int:
+    """Actors that share a GPU: one decodes less than a GPU predicts. As many as the scarcest node's CPUs carry."""
+    if config.workers_per_gpu is not None:
+        return config.workers_per_gpu
+    if config.topology == "split":
+        return MAX_PER_GPU
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    carried = min((node.get("CPU", 0) / node["GPU"] / num_cpus for node in nodes), default=1)
+    return max(1, min(MAX_PER_GPU, int(carried)))
 
 
 def _labels(config: PredictConfig) -> dict[str, Any]:

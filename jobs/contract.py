@@ -455,7 +455,13 @@ class PredictOptions(Frozen):
     )
     num_workers: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="actors, a fixed number; default: one a GPU, or one a core, and on a cluster more as it grows",
+        description="actors, a fixed number; default: workers_per_gpu a GPU, or one a core, and on a cluster more as "
+        "it grows",
+    )
+    workers_per_gpu: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None,
+        description="actors that share a GPU and its memory; default: as many as the CPUs beside it carry, at most 4; "
+        "in topology split 4",
     )
     node_labels: tuple[str, ...] = Field(
         (), description="name=value labels that a node of the cluster must have to be given work"
@@ -563,6 +569,7 @@ class PredictConfig(PredictOptions):
             "backend",
             "topology",
             "num_workers",
+            "workers_per_gpu",
             "node_labels",
             "threads",
             "engine",  # but for its precision: masks of another are another model's
@@ -614,7 +621,7 @@ class RetryConfig(Frozen):
     only: tuple[str, ...] = Field((), description="error codes to try again; default: every one")
     model: str | None = Field(None, description="where the run's model is now; default: where it was")
     backend: Literal["ray", "inline"] = Field("ray", description="inline: this process alone, no Ray")
-    num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: one a GPU or core")
+    num_workers: Annotated[int, Field(ge=1)] | None = Field(None, description="actors; default: as predict has them")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of an engine")
     max_pixels: Annotated[int, Field(ge=1)] | None = Field(None, description="another limit than the run had")
     pages: Pages | None = Field(None, description="another policy than the run had")
