@@ -3,6 +3,7 @@
 `unetpp.engine_names` says which there are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -34,17 +35,26 @@ class TileStats:
     probability_HW: NDArray[np.uint8] | None = None
 
 
+Masks = tuple[NDArray[np.uint8], list[TileStats]]
+"""Class ids masks_BHW of the core, and one TileStats a tile."""
+
+
 class Engine(Protocol):
     """Turns tiles of one shape into masks of their cores."""
 
     batch_tiles: int
     """Tiles a forward that are worth their memory; 1 on CPU, where a mask then never depends on its neighbours."""
 
-    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
-        """Class ids masks_BHW of the core, and one TileStats a tile; values are file values, not yet scaled.
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Masks:
+        """Masks of tiles of file values, not yet scaled.
 
         ConfigError on pixels that are not uint8, uint16 or float32; MemoryError where memory runs out.
         """
+
+    def start(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Callable[[], Masks]:
+        """Begin a call; what comes back waits for its masks. Errors as of a call, from either. On CPU all is done."""
+        masks = self(tiles_BHWC, core)
+        return lambda: masks
 
 
 def levels_read(config: ModelConfig, mode: Mode) -> tuple[Level, ...]:

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from unetpp.config import ModelConfig
-from unetpp.engines import Mode, Pixels, TileStats
+from unetpp.engines import Engine, Masks, Mode, Pixels, TileStats
 from unetpp.errors import ConfigError
 from unetpp.openvino_graph import graph
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(Engine):
     """Computes a network of `unetpp.openvino_graph`; one graph a pixel type, any number and size of tiles.
 
     Modes and flips as of `torch_engine.ReferenceEngine`. threads: of a forward; None: every core. bf16: compute in it;
@@ -50,7 +49,7 @@ class OpenVINOEngine:
         self._requests: dict[str, ov.InferRequest] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Masks:
         """See `Engine`."""
         with self._lock:
             found = self._infer(np.ascontiguousarray(tiles_BHWC))

@@ -2,22 +2,24 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unetpp.allocator import keep_freed_memory
 from unetpp.checkpoint import arrays_of, model_of
 from unetpp.config import ModelConfig
-from unetpp.engines import MIRRORS, Mode, Pixels, TileStats, levels_read, value_range
+from unetpp.engines import MIRRORS, Engine, Masks, Mode, Pixels, TileStats, levels_read, value_range
 from unetpp.model import UNetPlusPlus
 from unetpp.weights import folded
 
 GPU_BATCH_TILES = 16
 EVERYWHERE = (slice(None), slice(None))
+
+Result = TypeVar("Result")
 
 
 def scale(images_BHWC: Tensor, config: ModelConfig) -> Tensor:
@@ -86,7 +88,7 @@ def eight_bits(probability_BKHW: Tensor) -> Tensor:
     return (foreground_BHW * 255.0 - 0.5).ceil().clamp(0, 255).to(torch.uint8)
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """Eager torch in float32, the network as it was trained. What the other engines are measured against.
 
     fast: the deepest head. accurate: the mean probability of all heads (section 3.2 of the paper; probabilities, since
@@ -117,27 +119,50 @@ class ReferenceEngine:
     def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:
         return copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
 
-    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+    def __call__(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Masks:
         """See `Engine`."""
+        return self.start(tiles_BHWC, core)()
+
+    def start(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Callable[[], Masks]:
+        """See `Engine`."""
+        shape = tiles_BHWC.shape
+        read = self._in_memory(lambda: self._started(tiles_BHWC, core), shape)
+        return lambda: self._in_memory(read, shape)
+
+    def _in_memory(self, work: Callable[[], Result], shape: tuple[int, ...]) -> Result:
+        """The result of work on tiles, or MemoryError."""
         try:
-            return self._masks(tiles_BHWC, core)
+            return work()
         except RuntimeError as error:
             # The GPU's error has a type; the CPU allocator's is a RuntimeError like any other.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
         # Outside of the except block nothing holds on to the failed forward's tensors.
+        self._free()
+        raise MemoryError(f"tiles of shape {shape} on {self.device}")
+
+    def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise MemoryError(f"tiles of shape {tiles_BHWC.shape} on {self.device}")
 
     @torch.inference_mode()
-    def _masks(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> tuple[NDArray[np.uint8], list[TileStats]]:
+    def _started(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Callable[[], Masks]:
         tiles = self._uploaded(np.ascontiguousarray(tiles_BHWC))
         mask_BHW, margin_BHW, *eight_BHW = [each[:, *core] for each in self._decided(tiles)]
-        margins = margin_BHW.flatten(1).mean(1).tolist()
-        eights = list(eight_BHW[0].cpu().numpy()) if self.probability else [None] * len(margins)
-        stats = [TileStats(math.isfinite(margin), margin, eight) for margin, eight in zip(margins, eights, strict=True)]
-        return mask_BHW.cpu().numpy(), stats
+        wait = self._downloaded([mask_BHW, margin_BHW.flatten(1).mean(1), *eight_BHW], tiles)
+
+        def read() -> Masks:
+            masks_BHW, margins_B, *eights_BHW = [each.numpy() for each in wait()]
+            margins = margins_B.tolist()
+            eights = list(eights_BHW[0]) if self.probability else [None] * len(margins)
+            stats = [TileStats(math.isfinite(each), each, eight) for each, eight in zip(margins, eights, strict=True)]
+            return masks_BHW, stats
+
+        return read
+
+    def _downloaded(self, found: list[Tensor], tiles: Tensor) -> Callable[[], list[Tensor]]:
+        """What waits for tensors that were made of tiles."""
+        return lambda: [each.cpu() for each in found]
 
     def _uploaded(self, tiles_BHWC: Pixels) -> Tensor:
         return torch.from_numpy(tiles_BHWC).to(self.device)

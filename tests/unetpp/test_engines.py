@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,30 @@ def test_what_torch_says_of_memory_is_a_memory_error(error: Exception) -> None:
         def _decided(self, tiles_BHWC: torch.Tensor) -> list[torch.Tensor]:
             raise error
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="tiles of shape"):
         Small(network(level=1), "fast")(tiles(), CORE)
+
+    class Late(ReferenceEngine):
+        def _downloaded(self, found: list[torch.Tensor], tiles: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+            def wait() -> list[torch.Tensor]:
+                raise error
+
+            return wait
+
+    read = Late(network(level=1), "fast").start(tiles(), CORE)
+    with pytest.raises(MemoryError, match="tiles of shape"):
+        read()
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "openvino"])
+def test_what_was_started_is_what_a_call_gives_in_any_order(name: str) -> None:
+    loaded = engine(name, network(level=1), probability=True)
+    batches = [tiles(), 255 - tiles()]
+    (one, _), (other, _) = (loaded(batch, CORE) for batch in batches)
+    first, second = (loaded.start(batch, CORE) for batch in batches)
+    assert np.array_equal(second()[0], other)
+    assert np.array_equal(first()[0], one)
+    assert not np.array_equal(one, other)
 
 
 def test_an_engine_leaves_its_model_as_it_was() -> None:
@@ -180,3 +203,53 @@ def test_what_cannot_be_compiled_is_computed_all_the_same(
     seen, _ = compiled(tiles(num=1)[:, :32, :48], (slice(None), slice(None)))
     assert seen.shape == (1, 32, 48)
     assert "goes on without torch.compile" in caplog.text
+
+
+def test_what_cannot_be_recorded_is_computed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU: tiles that come again are to become a CUDA graph, which fails."""
+    caplog.set_level(logging.WARNING)
+    compiled = CompiledEngine(network(level=1), "fast", threads=1)
+    compiled._can_compile, compiled._can_record = False, True
+    seen = []
+
+    def refusing(tiles_BHWC: torch.Tensor) -> Any:
+        seen.append(tiles_BHWC.shape)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(compiled, "_recorded", refusing)
+    masks = [compiled(tiles(num=num), CORE)[0] for num in (1, 2, 2, 2)]
+    assert seen == [(2, 64, 96, 3)]
+    assert np.array_equal(masks[1], masks[3])
+    assert "engine compiled goes on without CUDA graphs: CUDA error" in caplog.text
+
+
+def test_what_is_recorded_is_replayed_for_tiles_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that computes as it is replayed: into the same memory every time."""
+    compiled = CompiledEngine(network(level=1), "fast", threads=1)
+    compiled._can_compile, compiled._can_record = False, True
+
+    class Replaying:
+        def __init__(self, tiles_BHWC: torch.Tensor) -> None:
+            self.graph, self.tiles_BHWC, self.num = self, tiles_BHWC, 0
+            self.found = compiled._computed(tiles_BHWC)
+
+        def replay(self) -> None:
+            self.num += 1
+            for there, here in zip(self.found, compiled._computed(self.tiles_BHWC), strict=True):
+                there.copy_(here)
+
+    monkeypatch.setattr(compiled, "_recorded", Replaying)
+    batches = [tiles(), 255 - tiles()]
+    wanted = compiled(batches[0], CORE)[0]
+    assert not compiled._graphs
+    seen = [compiled(batch, CORE)[0].copy() for batch in [*batches, batches[0]]]
+    ((_, graph),) = compiled._graphs.items()
+    assert graph.num == 3  # type: ignore[attr-defined]
+    assert np.array_equal(seen[0], wanted)
+    assert np.array_equal(seen[2], wanted)
+    assert not np.array_equal(seen[1], wanted)
+    compiled._free()
+    assert not compiled._graphs
+    assert np.array_equal(compiled(batches[0], CORE)[0], wanted)
