@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -314,6 +314,12 @@ class GuardedPredictor:
         """As `Predictor.predict`; ImageError `crash` or `timeout` where an image ends the child."""
         parts = kept or [None] * len(images)
         return [self._one(image, part) for image, part in zip(images, parts, strict=True)]
+
+    def start(
+        self, images: Sequence[Image], kept: Sequence[Box | None] | None = None
+    ) -> Callable[[], list[Prediction]]:
+        """As `Predictor.start`; nothing is done before it is waited for."""
+        return lambda: self.predict(images, kept)
 
     def _one(self, image: Image, kept: Box | None) -> Prediction:
         box = None if kept is None else [kept.y0, kept.x0, kept.y1, kept.x1]

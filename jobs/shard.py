@@ -5,7 +5,7 @@ side by side.
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -97,32 +97,57 @@ def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: 
 
 
 def predict_shard(predictor: Predictor | GuardedPredictor, items: Iterable[Item]) -> Iterator[Outcome]:
-    """Predict in batches as the engine likes them: on CPU one image at a time."""
+    """Predict in batches as the engine likes them, each begun before the one before it is read: a GPU never waits.
+
+    On CPU a batch is one image.
+    """
+    in_flight: Iterator[Outcome] = iter(())
+    for batch in _batches(predictor.batch_images, items):
+        begun = _started(predictor, batch)
+        yield from in_flight
+        in_flight = begun
+    yield from in_flight
+
+
+def _batches(batch_images: int, items: Iterable[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
     num_pixels = 0
     for item in items:
         batch.append(item)
         num_pixels += 0 if item.image_HWC is None else item.image_HWC.shape[0] * item.image_HWC.shape[1]
-        if len(batch) >= predictor.batch_images or num_pixels >= BATCH_PIXELS:
-            yield from _predict(predictor, batch)
+        if len(batch) >= batch_images or num_pixels >= BATCH_PIXELS:
+            yield batch
             batch, num_pixels = [], 0
-    yield from _predict(predictor, batch)
+    yield batch
 
 
-def _predict(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iterator[Outcome]:
+def _started(predictor: Predictor | GuardedPredictor, batch: list[Item]) -> Iterator[Outcome]:
+    """Begin to predict a batch; what comes back waits for it."""
     images = [item.image_HWC for item in batch if item.image_HWC is not None]
     kept = [item.kept for item in batch if item.image_HWC is not None]
     started = time.perf_counter()
+    wait = predictor.start(images, kept) if images else lambda: []
+    return _read(predictor, batch, wait, time.perf_counter() - started)
+
+
+def _read(
+    predictor: Predictor | GuardedPredictor,
+    batch: list[Item],
+    wait: Callable[[], list[Prediction]],
+    seconds: float,
+) -> Iterator[Outcome]:
+    """Outcomes of a batch whose begin took `seconds`."""
+    started = time.perf_counter() - seconds
     failure: ImageError | None = None
     try:
-        predictions = iter(predictor.predict(images, kept) if images else ())
+        predictions = iter(wait())
     except Exception as error:  # the guard of a row: whatever one image does, the others go on
         if len(batch) > 1:
             for item in batch:
-                yield from _predict(predictor, [item])
+                yield from _started(predictor, [item])
             return
         failure = error if isinstance(error, ImageError) else ImageError("crash", f"{type(error).__name__}: {error}")
-    seconds = (time.perf_counter() - started) / max(1, len(images))
+    seconds = (time.perf_counter() - started) / max(1, sum(item.image_HWC is not None for item in batch))
     for item in batch:
         if item.image_HWC is None or failure is not None:
             yield Outcome(item.row, None, item.error or failure, item.seconds, item.geo)

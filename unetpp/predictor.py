@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
 from unetpp.devices import cpu_flags, has_gpu
 from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, Precision, auto_engines
-from unetpp.engines import Engine, Mode, Pixels, TileStats, levels_read
+from unetpp.engines import Engine, Masks, Mode, Pixels, TileStats, levels_read
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.tiles import Box
@@ -52,7 +53,7 @@ class Predictor:
         self.digest = digest
         self.tile_px = tile_px
         self.on_forward: Callable[[], None] = lambda: None
-        """Called after every forward: a large image takes long, and this tells that it moves."""
+        """Called after every forward, on a GPU as it begins: a large image takes long, and this tells that it moves."""
 
     @classmethod
     def from_pretrained(
@@ -135,7 +136,7 @@ class Predictor:
         batch_tiles, tile_px, degraded = self.engine.batch_tiles, self.tile_px, None
         while True:
             try:
-                return self._predict(images, kept or [None] * len(images), batch_tiles, tile_px, degraded)
+                return self._started(images, kept, batch_tiles, tile_px, degraded)()
             except MemoryError:
                 pass
             if batch_tiles > 1:
@@ -147,33 +148,70 @@ class Predictor:
             else:  # `crash` is tried again later, maybe where there is more memory; `too_large` would not be
                 raise ImageError("crash", f"out of memory, even for tiles of {tile_px} px")
 
-    def _predict(
+    def start(
+        self, images: Sequence[Image], kept: Sequence[Box | None] | None = None
+    ) -> Callable[[], list[Prediction]]:
+        """Begin to predict; what comes back waits for what `predict` returns, and raises what it raises.
+
+        A GPU computes meanwhile; on CPU all is done. What fails at first is predicted when it is waited for.
+        """
+        try:
+            read = self._started(images, kept, self.engine.batch_tiles, self.tile_px, None)
+        except Exception:
+            return lambda: self.predict(images, kept)
+
+        def wait() -> list[Prediction]:
+            try:
+                return read()
+            except MemoryError:
+                pass
+            return self.predict(images, kept)
+
+        return wait
+
+    def _started(
         self,
         images: Sequence[Image],
-        kept: Sequence[Box | None],
+        kept: Sequence[Box | None] | None,
         batch_tiles: int,
         tile_px: int,
         degraded: str | None,
-    ) -> list[Prediction]:
+    ) -> Callable[[], list[Prediction]]:
+        """Each batch is begun before the one before it is read; what comes back reads the last."""
         padded = [prepare(image, self.config) for image in images]
         plans = [
-            tile_plan(image.shape[:2], self.config, tile_px, part) for image, part in zip(images, kept, strict=True)
+            tile_plan(image.shape[:2], self.config, tile_px, part)
+            for image, part in zip(images, kept or [None] * len(images), strict=True)
         ]
         cores: list[list[NDArray[np.uint8] | None]] = [[None] * len(plan.tiles) for plan in plans]
         stats: list[dict[int, tuple[TileStats, int]]] = [{} for _ in plans]
+
+        def read(members: list[tuple[int, int]], wait: Callable[[], Masks]) -> None:
+            masks_BHW, tile_stats = wait()
+            for (n, t), mask_HW, tile_stat in zip(members, masks_BHW, tile_stats, strict=True):
+                cores[n][t] = mask_HW
+                stats[n][t] = tile_stat, mask_HW.size
+
+        in_flight: Callable[[], None] | None = None
         for members in _batches(padded, plans, batch_tiles):
             each_HWC = [tiles.cut(padded[n], plans[n].tiles[t]) for n, t in members]
             tiles_BHWC = np.stack(each_HWC) if len(each_HWC) > 1 else each_HWC[0][None]
             first = plans[members[0][0]].tiles[members[0][1]]
-            masks_BHW, tile_stats = self.engine(tiles_BHWC, first.core_slices)
+            begun = partial(read, members, self.engine.start(tiles_BHWC, first.core_slices))
             self.on_forward()
-            for (n, t), mask_HW, tile_stat in zip(members, masks_BHW, tile_stats, strict=True):
-                cores[n][t] = mask_HW
-                stats[n][t] = tile_stat, mask_HW.size
-        return [
-            _prediction(plan, image_cores, [image_stats[t] for t in range(len(image_stats))], degraded)
-            for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
-        ]
+            if in_flight:
+                in_flight()
+            in_flight = begun
+
+        def finish() -> list[Prediction]:
+            if in_flight:
+                in_flight()
+            return [
+                _prediction(plan, image_cores, [image_stats[t] for t in range(len(image_stats))], degraded)
+                for plan, image_cores, image_stats in zip(plans, cores, stats, strict=True)
+            ]
+
+        return finish
 
 
 def _batches(

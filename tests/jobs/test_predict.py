@@ -34,7 +34,7 @@ from jobs.table import list_parts, read_footers, read_masks
 from jobs.worker import Worker
 from tests.cpu import needs_bf16
 from unetpp.config import ModelConfig
-from unetpp.engines import TileStats
+from unetpp.engines import Engine, TileStats
 from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
 from unetpp.images import decode_image, decode_mask
 from unetpp.predictor import Predictor
@@ -247,7 +247,7 @@ def test_images_that_vanish_after_the_listing_are_tried_again_next_time(segment,
     assert {row["key"]: row["attempts"] for row in _rows(second)}["a.png"] == 2
 
 
-class FailingEngine:
+class FailingEngine(Engine):
     """An engine that breaks on images with a certain value, as a driver or an allocator might."""
 
     batch_tiles = 4

@@ -312,7 +312,7 @@ def test_batches_hold_tiles_of_one_shape_and_lose_none(tmp_path: Path) -> None:
     assert all(np.mean(a != b) < 1e-3 for a, b in zip(single, batched, strict=True))
 
 
-class SmallEngine:
+class SmallEngine(Engine):
     """An engine with room for so many pixels at a time."""
 
     def __init__(self, engine: Engine, max_px: int) -> None:
@@ -344,6 +344,62 @@ def test_out_of_memory_costs_time_and_no_pixel(tmp_path: Path, max_px: int, degr
     seen = predictor.predict(images)
     assert {prediction.degraded for prediction in seen} == {degraded}
     assert all(np.array_equal(prediction.mask_HW, mask_HW) for prediction, mask_HW in zip(seen, wanted, strict=True))
+
+
+class NotingEngine(Engine):
+    """An engine that computes while others work, and notes when a batch is begun and when it is read."""
+
+    def __init__(self, engine: Engine, fails: Exception | None = None) -> None:
+        self.batch_tiles = 2
+        self.notes: list[str] = []
+        self._engine, self._fails = engine, fails
+
+    def __call__(self, tiles_BHWC, core):  # type: ignore[no-untyped-def]
+        return self.start(tiles_BHWC, core)()
+
+    def start(self, tiles_BHWC, core):  # type: ignore[no-untyped-def]
+        number = len([note for note in self.notes if "begun" in note])
+        self.notes.append(f"{number} begun")
+
+        def read():  # type: ignore[no-untyped-def]
+            self.notes.append(f"{number} read")
+            if self._fails and number == 1:
+                raise self._fails
+            return self._engine(tiles_BHWC, core)
+
+        return read
+
+
+def test_a_batch_is_begun_before_the_last_one_is_read(tmp_path: Path) -> None:
+    save_pretrained(exact_model(2, "deconv"), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path)
+    images = [random_image(40, 40, seed=n) for n in range(6)]
+    wanted = predictor(images)
+    engine = predictor.engine = NotingEngine(predictor.engine)
+    first = predictor.start(images)
+    assert engine.notes == ["0 begun", "1 begun", "0 read", "2 begun", "1 read"]
+    second = predictor.start(images[:2])
+    assert engine.notes[-1] == "3 begun"
+    seen = [prediction.mask_HW for prediction in first()]
+    assert engine.notes[-1] == "2 read"
+    assert all(np.array_equal(*pair) for pair in zip(seen, wanted, strict=True))
+    assert np.array_equal(second()[1].mask_HW, wanted[1])
+
+
+@pytest.mark.parametrize("num_images", [4, 6])
+def test_memory_that_runs_out_after_the_start_costs_time_and_no_pixel(tmp_path: Path, num_images: int) -> None:
+    """Batch 1 of 2 fails where it is waited for, of 3 where the next one is begun."""
+    save_pretrained(exact_model(2, "deconv"), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path)
+    images = [random_image(40, 40, seed=n) for n in range(num_images)]
+    wanted = predictor(images)
+    predictor.engine = NotingEngine(predictor.engine, MemoryError())
+    seen = predictor.start(images)()
+    assert all(np.array_equal(each.mask_HW, mask_HW) for each, mask_HW in zip(seen, wanted, strict=True))
+    predictor.engine = NotingEngine(predictor.engine, RuntimeError("the device is out of order"))
+    if num_images == 4:
+        with pytest.raises(RuntimeError, match="out of order"):
+            predictor.start(images)()
 
 
 def test_without_any_memory_the_image_is_to_blame_for_now(tmp_path: Path) -> None:
