@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import multiprocessing
 import re
 import shutil
 import struct
@@ -200,9 +201,31 @@ def test_an_epoch_without_time_for_a_step_asks_the_other_workers_for_nothing(
     worker = Worker.__new__(Worker)
     worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 2, 3
     worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.num_processes = 0
     worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
     monkeypatch.setattr(worker, "_seconds", lambda: 3600.0)
     assert worker._steps(0) == ([], [])  # there is no process group to ask
+
+
+def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(data_dir, "unused")
+    worker = Worker.__new__(Worker)
+    worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 1, 100
+    worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.num_processes = 2
+    worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
+
+    def diverge(*_: object) -> None:
+        assert len(multiprocessing.active_children()) == 2
+        raise DivergedError("no finite gradient")
+
+    monkeypatch.setattr(worker.state, "step", diverge)
+    try:
+        worker._steps(0)
+    except DivergedError:
+        assert not multiprocessing.active_children()  # training goes back to the last checkpoint from here
+    else:
+        pytest.fail("it went on")
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
