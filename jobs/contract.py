@@ -122,7 +122,8 @@ class TrainOptions(Frozen):
         1, description="processes that share every batch; [1, 8]: as many as there is room for, and one is enough"
     )
     threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads a worker; default: its share of a node's CPUs"
+        None,
+        description="CPU threads a worker, on a GPU processes that make its crops; default: its share of a node's CPUs",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

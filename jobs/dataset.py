@@ -3,8 +3,9 @@
 Images are decoded once: into memory, or into one file of the node (`jobs.array_file`) where they would take too much.
 """
 
+import gc
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from itertools import chain
@@ -16,6 +17,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from jobs import array_file, contract
 from jobs.array_file import ArrayFile, Arrays
@@ -272,20 +274,59 @@ class CropSampler:
             self._foregrounds[number_of_image] = Foreground(self.images[number_of_image].target_HW)
         return self._foregrounds[number_of_image]
 
-    def batches(self, epoch: int, num_steps: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of every global batch: x_BCHW float32 and target_BHW uint8; the next is made meanwhile."""
-        size = self.config.batch_size
+    def index_foreground(self) -> None:
+        """Index the foreground of every image now, where crops are drawn around it."""
+        for number_of_image in range(len(self.images) if self.config.foreground > 0 else 0):
+            self._foreground(number_of_image)
 
-        def make(step: int) -> tuple[Tensor, Tensor]:
-            crops = [self.crop(epoch, number) for number in range(step * size + rank, (step + 1) * size, world_size)]
-            x_BHWC = torch.from_numpy(np.stack([image for image, _ in crops]))
-            return x_BHWC.permute(0, 3, 1, 2), torch.from_numpy(np.stack([target for _, target in crops]))
+    def batches(
+        self, epoch: int, num_steps: int, rank: int, world_size: int, num_processes: int = 0
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """This rank's part of every global batch: x_BCHW float32 and target_BHW uint8; more are made meanwhile.
 
-        # A second team of OpenMP threads would only wait in the way of the one that trains.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            ahead = pool.submit(make, 0)
-            for step in range(num_steps):
-                batch = ahead.result()
-                if step + 1 < num_steps:
-                    ahead = pool.submit(make, step + 1)
-                yield batch
+        One thread makes them, or so many processes; they end with the generator.
+        """
+        parts = _Parts(self, epoch, rank, world_size)
+        return _by_processes(parts, num_steps, num_processes) if num_processes else _by_a_thread(parts, num_steps)
+
+
+class _Parts(Dataset[tuple[Tensor, Tensor]]):
+    """One rank's part of every batch of an epoch, by the number of the step."""
+
+    def __init__(self, sampler: CropSampler, epoch: int, rank: int, world_size: int) -> None:
+        self.sampler, self._epoch, self._rank, self._world_size = sampler, epoch, rank, world_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        size = self.sampler.config.batch_size
+        numbers = range(step * size + self._rank, (step + 1) * size, self._world_size)
+        crops = [self.sampler.crop(self._epoch, number) for number in numbers]
+        x_BHWC = torch.from_numpy(np.stack([image for image, _ in crops]))
+        return x_BHWC.permute(0, 3, 1, 2), torch.from_numpy(np.stack([target for _, target in crops]))
+
+
+def _by_a_thread(parts: _Parts, num_steps: int) -> Generator[tuple[Tensor, Tensor]]:
+    # A second team of OpenMP threads would only wait in the way of the one that trains.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead = pool.submit(parts.__getitem__, 0)
+        for step in range(num_steps):
+            batch = ahead.result()
+            if step + 1 < num_steps:
+                ahead = pool.submit(parts.__getitem__, step + 1)
+            yield batch
+
+
+def _by_processes(parts: _Parts, num_steps: int, num_processes: int) -> Generator[tuple[Tensor, Tensor]]:
+    parts.sampler.index_foreground()  # else every process does, in every epoch
+    # Forked, they have the images without a copy, be they in Ray's object store or in a file; other ways pickle them to
+    # each. They touch neither CUDA nor Ray, whose threads they lack: what they hold of Ray's is never collected.
+    loader = DataLoader(
+        parts,
+        batch_size=None,
+        sampler=range(num_steps),
+        num_workers=num_processes,
+        prefetch_factor=2,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork",
+        worker_init_fn=lambda _: gc.freeze(),
+    )
+    yield from loader

@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 MAX_MINUTES_WITHOUT_ROOM = 15
 """Ray Train waits a minute for its workers, then counts a failure and asks again."""
 MAX_WORKER_FAILURES = 3
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For processes that make crops side by side: of 256 px, numpy's eight threads took up to 4 times the CPU time."""
 NEVER_RETRIED = (ConfigError, ModelError)
 
 
@@ -138,12 +140,16 @@ def _num_readers(config: TrainConfig) -> int:
     return 2 if config.cache == "stream" else 0  # one lists what is to be cut, one cuts
 
 
-def _threads(config: TrainConfig) -> int:
-    """CPU threads of a worker: what was asked for, else its share of the largest node there is.
+def _threads(config: TrainConfig, use_gpu: bool) -> int:
+    """CPU threads of a worker, which make crops where it has a GPU: what was asked for, else its share of a node.
 
-    ConfigError where no node has so many CPUs as were asked for.
+    That is the largest node that there is, of those with a GPU where one is used. ConfigError where none has so many
+    CPUs as were asked for.
     """
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if use_gpu and config.cache == "stream":
+        return 1  # Ray Data makes the crops, with what is left of the CPUs
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(has.get("CPU", 0)) for has in nodes if not use_gpu or has.get("GPU", 0) >= 1]
     largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
     if config.threads_per_worker is None:
         return max(1, (largest - _num_readers(config)) // math.ceil(config.worker_bounds[1] / num_nodes))
@@ -186,9 +192,9 @@ def _fit(
     use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     with storage.arrow(run_uri) as (filesystem, storage_path):
         pass
-    threads = _threads(config)
+    threads = _threads(config, use_gpu)
     fewest, most = config.worker_bounds
-    of_each = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": threads}
+    of_each = {"CPU": threads, "GPU": 1} if use_gpu else {"CPU": threads}
     look_for_room(fewest, of_each)
     trainer = TorchTrainer(
         train_worker,
@@ -211,8 +217,8 @@ def _fit(
         ),
         run_config=RunConfig(  # type: ignore[arg-type]
             name="ray",
-            # Ray calls train_worker in a thread of its own, where it is too late to tell the allocator.
-            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_FREED},
+            # Ray calls train_worker in a thread of its own, where it is too late to tell the allocator, or numpy.
+            worker_runtime_env={"env_vars": ONE_THREAD if use_gpu else KEEP_FREED},
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(

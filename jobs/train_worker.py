@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -77,8 +78,10 @@ class Worker:
         self.init: str | None = settings["init"]
         self.steps_per_epoch: int = settings["steps_per_epoch"]
         self.device = get_device()
+        self.num_processes = settings["threads"]  # that make crops; a worker without a GPU needs its cores itself
         if self.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
+            self.num_processes = 0
         self.environment = provenance()
         self.val = ray.get(settings["val"])
         self.sampler = CropSampler(ray.get(settings["train"]), self.config) if settings["train"] else None
@@ -135,17 +138,17 @@ class Worker:
         state.train()
         losses: list[torch.Tensor] = []
         rates: list[float] = []
-        for x_BCHW, target_BHW in self._batches(epoch):
-            if self.config.max_seconds is not None and len(losses) % CLOCK_STEPS == 0:
-                state.seconds = self._seconds()
-                if state.seconds >= self.config.max_seconds:
-                    break
-            rates.append(state.learning_rate)
-            size = self.config.micro_batch or len(x_BCHW)
-            losses.append(
-                state.step(list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True)), self.world_size)
-            )
-            self.progress.step(epoch, len(losses), losses[-1] * self.world_size)
+        with closing(self._batches(epoch)) as batches:
+            for x_BCHW, target_BHW in batches:
+                if self.config.max_seconds is not None and len(losses) % CLOCK_STEPS == 0:
+                    state.seconds = self._seconds()
+                    if state.seconds >= self.config.max_seconds:
+                        break
+                rates.append(state.learning_rate)
+                size = self.config.micro_batch or len(x_BCHW)
+                micro_batches = list(zip(x_BCHW.split(size), target_BHW.split(size), strict=True))
+                losses.append(state.step(micro_batches, self.world_size))
+                self.progress.step(epoch, len(losses), losses[-1] * self.world_size)
         if not losses:  # nor has any other worker: they agree on the time
             return [], rates
         whole = torch.stack(losses)
@@ -153,12 +156,13 @@ class Worker:
             dist.all_reduce(whole)
         return whole.tolist(), rates
 
-    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, epoch: int) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """This worker's part of every batch of an epoch."""
         if self.sampler is not None:
-            return self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size)
-        assert self._stream is not None
-        return islice(self._stream, self.steps_per_epoch)
+            yield from self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size, self.num_processes)
+        else:
+            assert self._stream is not None
+            yield from islice(self._stream, self.steps_per_epoch)  # which stays open for the next epoch
 
     def _seconds(self) -> float:
         """How long the run has trained, validated and saved, over all resumptions: the first worker's clock."""

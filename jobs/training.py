@@ -121,7 +121,7 @@ class TrainingState:
         losses = []
         for number, (x_BCHW, target_BHW) in enumerate(micro_batches, start=1):
             with self._synchronised(number == len(micro_batches)):
-                x_BCHW, target_BHW = x_BCHW.to(self.device), target_BHW.to(self.device)
+                x_BCHW, target_BHW = (part.to(self.device, non_blocking=True) for part in (x_BCHW, target_BHW))
                 loss = self._loss(x_BCHW, target_BHW) * (len(x_BCHW) / self.config.batch_size)
                 self._scaler.scale(loss * world_size).backward()  # the workers' gradients are averaged, not added
             losses.append(loss.detach())

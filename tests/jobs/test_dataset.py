@@ -1,17 +1,21 @@
 """Labelled sets: what belongs together is paired, what does not is refused, and crops repeat."""
 
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from jobs.contract import SynthConfig, TrainConfig
@@ -276,6 +280,46 @@ def test_workers_share_a_batch_and_crops_repeat(data_dir: Path) -> None:
             assert (part[step][0] == x[rank::2]).all()
             assert (part[step][1] == target[rank::2]).all()
     assert not (next(iter(sampler.batches(4, 1, 0, 1)))[0] == whole[0][0]).all()
+
+
+def test_processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    sampler = CropSampler(images, train_config(data_dir, foreground=0.5, augment={"elastic_px": 4}))
+    for rank in (0, 1):
+        by_a_thread, by_processes = (list(sampler.batches(3, 5, rank, 2, number)) for number in (0, 2))
+        assert len(by_processes) == 5
+        for (x, target), (same_x, same_target) in zip(by_a_thread, by_processes, strict=True):
+            assert same_x.stride() == x.stride()
+            assert torch.equal(same_x, x)
+            assert torch.equal(same_target, target)
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: Path, num_processes: int) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, num_processes)
+    next(batches)
+    assert len(multiprocessing.active_children()) == num_processes
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_one_that_is_killed(data_dir: Path) -> None:
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, 2)
+    told, tell = multiprocessing.Pipe(duplex=False)
+
+    def train() -> None:
+        next(batches)
+        tell.send([child.pid for child in multiprocessing.active_children()])
+        time.sleep(600)
+
+    worker = multiprocessing.get_context("fork").Process(target=train)
+    worker.start()
+    children = [psutil.Process(pid) for pid in told.recv()]
+    worker.kill()
+    assert len(children) == 2
+    assert not psutil.wait_procs(children, timeout=60)[1], "they look every 5 s whether it is there"
 
 
 def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:

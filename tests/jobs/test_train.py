@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import multiprocessing
 import re
 import shutil
 import struct
@@ -22,7 +23,7 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import look_for_room, run, tell_other_reading
+from jobs.train import _threads, look_for_room, run, tell_other_reading
 from jobs.train_worker import Worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from unetpp.checkpoint import from_pretrained, read_pretrained
@@ -200,9 +201,40 @@ def test_an_epoch_without_time_for_a_step_asks_the_other_workers_for_nothing(
     worker = Worker.__new__(Worker)
     worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 2, 3
     worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.num_processes = 0
     worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
     monkeypatch.setattr(worker, "_seconds", lambda: 3600.0)
     assert worker._steps(0) == ([], [])  # there is no process group to ask
+
+
+def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(data_dir, "unused")
+    worker = Worker.__new__(Worker)
+    worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 1, 100
+    worker.sampler = CropSampler(load(open_labelled_set(str(data_dir)).samples, asked.model), asked)
+    worker.num_processes = 2
+    worker.state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
+
+    def diverge(*_: object) -> None:
+        assert len(multiprocessing.active_children()) == 2
+        raise DivergedError("no finite gradient")
+
+    monkeypatch.setattr(worker.state, "step", diverge)
+    try:
+        worker._steps(0)
+    except DivergedError:
+        assert not multiprocessing.active_children()  # training goes back to the last checkpoint from here
+    else:
+        pytest.fail("it went on")
+
+
+def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": has} for has in resources])
+    asked = config(data_dir, "unused", num_workers=4, threads_per_worker=None)
+    assert _threads(asked, use_gpu=True) == 8
+    assert _threads(asked, use_gpu=False) == 32
+    assert _threads(asked.model_copy(update={"cache": "stream"}), use_gpu=True) == 1, "Ray Data needs the others"
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
