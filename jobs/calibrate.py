@@ -14,7 +14,7 @@ from unetpp.calibrate import (
 )
 from unetpp.checkpoint import Calibration
 from unetpp.errors import ConfigError
-from unetpp.measuring import logits_by_level
+from unetpp.measuring import logits_by_level, where_fastest
 from unetpp.model import UNetPlusPlus
 
 MAX_LOGITS = 1_000_000
@@ -37,9 +37,9 @@ def calibrate(
     rng = np.random.default_rng(seed)
     number = max(1, MAX_LOGITS // (len(images) * model.config.num_classes))
     levels = model.config.head_levels
-    drawn, targets = [], []
+    drawn, targets, measured = [], [], where_fastest(model)
     for image in images:
-        logits = logits_by_level(model, image.image_HWC)
+        logits = logits_by_level(measured, image.image_HWC)
         # One draw for all heads: they are compared with each other.
         stacked_HWK = np.concatenate([logits[level] for level in levels], axis=2)
         logits_NK, targets_N = draw_pixels(stacked_HWK, image.target_HW, number, rng)

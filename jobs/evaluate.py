@@ -37,7 +37,7 @@ from unetpp.devices import cpu_flags, has_gpu
 from unetpp.engine_names import EngineName, auto_engines
 from unetpp.engines import MIRRORS, Engine, Mode
 from unetpp.errors import ConfigError
-from unetpp.measuring import masks_by_level
+from unetpp.measuring import masks_by_level, where_fastest
 from unetpp.metrics import Counts, bootstrap_interval, confusion_counts, dice, iou
 from unetpp.model import UNetPlusPlus, count_parameters
 from unetpp.predictor import load_engine, refuse_single_head
@@ -109,9 +109,10 @@ def measure_quality(
 ) -> dict[str, list[Counts]]:
     """Confusion counts of every image in order, by output name: see `unetpp.measuring.masks_by_level`."""
     counts: dict[str, list[Counts]] = {}
+    measured = where_fastest(model)
     for start in range(0, len(samples), CHUNK_IMAGES):
         for image in load(samples[start : start + CHUNK_IMAGES], model.config):
-            masks = masks_by_level(model, image.image_HWC, tile_px=tile_px, flips=flips)
+            masks = masks_by_level(measured, image.image_HWC, tile_px=tile_px, flips=flips)
             for name, mask_HW in masks.items():
                 counts.setdefault(name, []).append(confusion_counts(mask_HW, image.target_HW, model.config.num_classes))
     return counts

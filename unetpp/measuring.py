@@ -1,5 +1,6 @@
 """Every output of a network in one pass over an image: for measuring and calibrating, with torch."""
 
+import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,12 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unetpp import tiles
+from unetpp.devices import has_gpu
 from unetpp.engines import Pixels
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Image, prepare, tile_plan
-from unetpp.torch_engine import decide, mean_of, mirrored_heads, probabilities, scale
+from unetpp.torch_engine import decide, mean_of, mirrored_heads, plain_float32, probabilities, scale
 
 Name = TypeVar("Name", str, int)
+
+
+def where_fastest(model: UNetPlusPlus) -> UNetPlusPlus:
+    """A copy of the model on the GPU where there is one, to be measured there in plain float32; else the model."""
+    if not has_gpu():
+        return model
+    plain_float32()
+    return copy.deepcopy(model).to("cuda")
 
 
 def masks_by_level(

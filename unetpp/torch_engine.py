@@ -22,6 +22,11 @@ EVERYWHERE = (slice(None), slice(None))
 Result = TypeVar("Result")
 
 
+def plain_float32() -> None:
+    """From now on a GPU computes convolutions of float32 as such. By default torch rounds their inputs to 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def scale(images_BHWC: Tensor, config: ModelConfig) -> Tensor:
     """File values -> x_BCHW float32: the pixel type's `value_range` becomes 0..1, then `gamma` is applied.
 
@@ -114,6 +119,7 @@ class ReferenceEngine(Engine):
         self.probability = probability
         self.device = torch.device(device)
         self.batch_tiles = 1 if self.device.type == "cpu" else GPU_BATCH_TILES
+        plain_float32()
         self.model = self._prepared(model)
 
     def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:

@@ -33,6 +33,7 @@ from unetpp.engines import Pixels
 from unetpp.model import UNetPlusPlus, count_gmacs
 from unetpp.predictor import load_engine
 from unetpp.synth import synthesize
+from unetpp.torch_engine import plain_float32
 from unetpp.weights import picked, pruned
 
 SIDE = 256
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="a compiled training step, too: a minute to compile")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    torch.backends.cudnn.allow_tf32 = False
+    plain_float32()
     tiles_BHWC = tiles_of(asked.batch)
     model = random_network(tuple(asked.filters), tiles_BHWC)
     variants: dict[str, Callable[[], Sample]] = {}
