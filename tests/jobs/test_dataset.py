@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from jobs.contract import SynthConfig, TrainConfig
 from jobs.dataset import CropSampler, LabelledImage, MappedImages, load, node_memory_bytes, open_labelled_set
 from jobs.synth import run as synthesise
+from tests.fresh import in_a_fresh_process
 from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
 
@@ -282,7 +283,7 @@ def test_workers_share_a_batch_and_crops_repeat(data_dir: Path) -> None:
     assert not (next(iter(sampler.batches(4, 1, 0, 1)))[0] == whole[0][0]).all()
 
 
-def test_processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
+def processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
     images = load(open_labelled_set(str(data_dir)).samples, MODEL)
     sampler = CropSampler(images, train_config(data_dir, foreground=0.5, augment={"elastic_px": 4}))
     for rank in (0, 1):
@@ -294,8 +295,7 @@ def test_processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
             assert torch.equal(same_target, target)
 
 
-@pytest.mark.parametrize("num_processes", [0, 2])
-def test_processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: Path, num_processes: int) -> None:
+def processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: Path, num_processes: int) -> None:
     images = load(open_labelled_set(str(data_dir)).samples, MODEL)
     batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, num_processes)
     next(batches)
@@ -304,7 +304,7 @@ def test_processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: P
     assert not multiprocessing.active_children()
 
 
-def test_processes_end_with_one_that_is_killed(data_dir: Path) -> None:
+def processes_end_with_one_that_is_killed(data_dir: Path) -> None:
     images = load(open_labelled_set(str(data_dir)).samples, MODEL)
     batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, 2)
     told, tell = multiprocessing.Pipe(duplex=False)
@@ -320,6 +320,19 @@ def test_processes_end_with_one_that_is_killed(data_dir: Path) -> None:
     worker.kill()
     assert len(children) == 2
     assert not psutil.wait_procs(children, timeout=60)[1], "they look every 5 s whether it is there"
+
+
+@pytest.mark.parametrize(
+    ("work", "args"),
+    [
+        (processes_make_the_crops_that_a_thread_makes, ()),
+        (processes_make_crops_where_asked_for_and_end_with_the_epoch, (0,)),
+        (processes_make_crops_where_asked_for_and_end_with_the_epoch, (2,)),
+        (processes_end_with_one_that_is_killed, ()),
+    ],
+)
+def test_processes_make_crops(data_dir: Path, work: Callable[..., None], args: tuple[int, ...]) -> None:
+    in_a_fresh_process(work, data_dir, *args)
 
 
 def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:

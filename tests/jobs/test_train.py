@@ -26,6 +26,7 @@ from jobs.synth import run as synthesise
 from jobs.train import _threads, look_for_room, run, tell_other_reading
 from jobs.train_worker import Worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
+from tests.fresh import in_a_fresh_process
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError
@@ -207,7 +208,7 @@ def test_an_epoch_without_time_for_a_step_asks_the_other_workers_for_nothing(
     assert worker._steps(0) == ([], [])  # there is no process group to ask
 
 
-def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def processes_that_make_crops_end_where_a_step_fails(data_dir: Path) -> None:
     asked = config(data_dir, "unused")
     worker = Worker.__new__(Worker)
     worker.config, worker.rank, worker.world_size, worker.steps_per_epoch = asked, 0, 1, 100
@@ -219,13 +220,17 @@ def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path, monkey
         assert len(multiprocessing.active_children()) == 2
         raise DivergedError("no finite gradient")
 
-    monkeypatch.setattr(worker.state, "step", diverge)
+    worker.state.step = diverge  # type: ignore[assignment, method-assign]
     try:
         worker._steps(0)
     except DivergedError:
         assert not multiprocessing.active_children()  # training goes back to the last checkpoint from here
     else:
         pytest.fail("it went on")
+
+
+def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path) -> None:
+    in_a_fresh_process(processes_that_make_crops_end_where_a_step_fails, data_dir)
 
 
 def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
