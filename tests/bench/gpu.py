@@ -25,9 +25,9 @@ from jobs.config_file import load_config
 from jobs.contract import TrainConfig
 from jobs.training import TrainingState
 from tests.bench.rounds import Sample, interleaved, write
-from tests.bench.subjects import PAPER
+from tests.bench.subjects import PAPER, random_network
 from unetpp.checkpoint import arrays_of
-from unetpp.config import Level, ModelConfig
+from unetpp.config import Level
 from unetpp.engine_names import EngineName
 from unetpp.engines import Pixels
 from unetpp.model import UNetPlusPlus, count_gmacs
@@ -53,18 +53,6 @@ TARGET = 0.5
 def tiles_of(num: int) -> Pixels:
     """Synthetic nuclei, uint8 BHWC."""
     return np.stack([synthesize(n, size=SIDE, modality=("fluorescence", "brightfield")[n % 2])[0] for n in range(num)])
-
-
-def random_network(filters: tuple[int, ...], tiles_BHWC: Pixels) -> UNetPlusPlus:
-    """He's weights, and the statistics that these tiles have in it."""
-    torch.manual_seed(0)
-    model = UNetPlusPlus(ModelConfig(level=4, filters=filters))
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None  # the mean over all that it sees
-    with torch.no_grad():
-        model.train()(torch.from_numpy(tiles_BHWC[:4]).permute(0, 3, 1, 2).float() / 255)
-    return model.eval()
 
 
 def rate(work: Callable[[], Any], seconds: float, per_call: float) -> Sample:
@@ -140,7 +128,7 @@ def main() -> None:
     asked = parser.parse_args()
     plain_float32()
     tiles_BHWC = tiles_of(asked.batch)
-    model = random_network(tuple(asked.filters), tiles_BHWC)
+    model = random_network(asked.filters, list(tiles_BHWC))
     variants: dict[str, Callable[[], Sample]] = {}
     for precision, dtype in {"f32": torch.float32, "bf16": torch.bfloat16}.items():
         variants[f"product {precision}"] = partial(

@@ -23,11 +23,10 @@ import psutil
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.bench.gpu import random_network, tiles_of
+from tests.bench.gpu import tiles_of
 from tests.bench.processes import environment, measured, new_output
 from tests.bench.rounds import Sample, interleaved, write
-from tests.bench.subjects import PAPER
-from unetpp.checkpoint import save_pretrained
+from tests.bench.subjects import PAPER, write_random_model
 from unetpp.synth import synthesize
 
 UNIQUE = 32
@@ -116,7 +115,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="unetpp-bench-") as name:
         folder = Path(name)
-        save_pretrained(random_network(tuple(asked.filters), tiles_of(4)), folder / "model")
+        write_random_model(folder / "model", asked.filters, list(tiles_of(4)))
         images = images_in(folder / "images", asked.images, asked.side)
         variants = {
             f"{topology}, {workers} workers": partial(

@@ -60,7 +60,7 @@ def mosaic(images: Sequence[Picture], side_px: int) -> Picture:
     return np.ascontiguousarray(np.concatenate([np.concatenate(row, 1) for row in rows])[:side_px, :side_px])
 
 
-def write_random_model(folder: Path, filters: Sequence[int], images: Sequence[Picture], seed: int = 0) -> None:
+def random_network(filters: Sequence[int], images: Sequence[Picture], seed: int = 0) -> UNetPlusPlus:
     """A network of four levels: He's weights, and the statistics of normalisation that the images have in it."""
     torch.manual_seed(seed)
     model = UNetPlusPlus(ModelConfig(level=4, filters=tuple(filters)))
@@ -71,7 +71,12 @@ def write_random_model(folder: Path, filters: Sequence[int], images: Sequence[Pi
     with torch.no_grad():
         for image_HWC in images[:NUM_CALIBRATION]:
             model(torch.from_numpy(image_HWC).permute(2, 0, 1)[None].float() / 255)
-    save_pretrained(model.eval(), folder)
+    return model.eval()
+
+
+def write_random_model(folder: Path, filters: Sequence[int], images: Sequence[Picture]) -> None:
+    """`random_network` as a model folder."""
+    save_pretrained(random_network(filters, images), folder)
 
 
 def eager(model_dir: Path, level: Level) -> Callable[[Picture], Picture]:
