@@ -42,9 +42,10 @@ demo: $(STAMP) $(if $(DATA),,$(NIGHT)/data/splits.csv)
 demo/synthetic/data/splits.csv: | $(STAMP)
 	@$(BIN)/unetpp synth --out $(@D) --num 160 --seed 1
 
-# Two files of tests at a time: half of them wait, for servers, processes and disks.
+# Two files of tests at a time: half of them wait, for servers, processes and disks. A process of tests that dies fails the
+# run at once: replaced, it may leave the run waiting for tests that nobody has.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test: $(STAMP)
 	@$(PYTEST) --ignore=tests/faults --ignore=tests/cluster $(ARGS)

@@ -48,6 +48,7 @@ StreamOrCache = Literal["auto", "memory", "disk", "stream"]
 LABELLED_DATA = (
     "labelled data set: folder or s3:// prefix with images/ and masks/ or annotations.json, or of .parquet files"
 )
+MODEL = "model folder, s3:// prefix of one, or the name of a packaged one, as nuclei"
 SPLIT_COLUMN = "column that names the split of an image: of splits.csv, of Parquet, or a key of COCO images"
 
 
@@ -83,7 +84,7 @@ class TrainOptions(Frozen):
         None, description="end after so many epochs without a better validation; default: never"
     )
     init: str | None = Field(
-        None, description="model folder or URI to start from: its nodes and heads are taken by name (fine-tuning)"
+        None, description=f"{MODEL}, to start from: its nodes and heads are taken by name (fine-tuning)"
     )
     optimiser: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="largest step size of the optimiser")
@@ -258,7 +259,7 @@ METRICS = "metrics.json"
 class EvaluateConfig(Frozen):
     """Measure quality and cost of every level of a model on a labelled data set."""
 
-    model: str = Field(description="model folder or URI")
+    model: str = Field(description=MODEL)
     data: str = Field(description=LABELLED_DATA)
     split_column: str = Field("split", description=SPLIT_COLUMN)
     split: str | None = Field(None, description="split to measure on; default: every image")
@@ -321,7 +322,7 @@ class EvaluateResult(Frozen):
 class PruneConfig(Frozen):
     """Export the sub-network of one level, given or chosen on validation data."""
 
-    model: str = Field(description="model folder or URI")
+    model: str = Field(description=MODEL)
     out: str = Field(description="folder or URI for the pruned model")
     level: Level | None = Field(None, description="the level to keep")
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -368,7 +369,7 @@ MAX_IOU_DROP = "mean IoU that int8 may lose against float32 over all images"
 class QuantiseConfig(Frozen):
     """Make the int8 form of a model for CPUs, unless it loses too much IoU against float32: exit code 10."""
 
-    model: str = Field(description="model folder or URI")
+    model: str = Field(description=MODEL)
     data: str = Field(description=LABELLED_DATA)
     out: str | None = Field(
         None, description="folder or URI for a copy of the model with its int8 form; default: into the model's own"
@@ -437,7 +438,7 @@ class PredictOptions(Frozen):
         None, description="of Parquet files, with image bytes; default: image, image_bytes, bytes or content"
     )
     name_column: str | None = Field(
-        None, description="of Parquet files, with the images' names; default: key, id, name, file_name or path"
+        None, description="of Parquet files, with the images' names; default: key, id, name, file_name, filename or path"
     )
     max_members: Annotated[int, Field(ge=1)] = Field(
         1_000_000, description="members of an archive that are looked at; the rest becomes one too_large row"
@@ -509,7 +510,7 @@ class PredictOptions(Frozen):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="what computes the masks: see unetpp/engine_names.py; auto: the fastest here of the precision of "
+        description="what computes the masks, see README.md; auto: the fastest here of the precision of "
         "the masks that the output has of this model, else the fastest",
     )
 
@@ -552,7 +553,7 @@ BACKFILL_IMAGES = "images of older models that one call, with on_new_model backf
 class PredictConfig(PredictOptions):
     """Segment every image of an archive; run it again to do what is new."""
 
-    model: str = Field(description="model folder or URI")
+    model: str = Field(description=MODEL)
     input: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
         min_length=1, description=f"{MANY_INPUTS}; may be given more than once"
     )
@@ -730,12 +731,12 @@ OutputUri = Annotated[
 
 
 class GcConfig(Frozen):
-    """List what no reader of an output needs: PNGs without a row, old notes, leftovers of killed writers."""
+    """List what no reader of an output needs: PNGs without a row, parts that were copied, old notes, leftovers."""
 
     output: OutputUri
     delete: bool = Field(False, description="remove it")
     older_than_hours: Annotated[float, Field(ge=0)] = Field(
-        24.0, description="leave notes and leftovers that are newer"
+        24.0, description="leave what is newer, but PNGs without a row"
     )
     result: str | None = Field(None, description="also write the result as JSON to this URI")
 

@@ -119,7 +119,8 @@ class ReferenceEngine(Engine):
         self.probability = probability
         self.device = torch.device(device)
         self.batch_tiles = 1 if self.device.type == "cpu" else GPU_BATCH_TILES
-        plain_float32()
+        if self.device.type == "cuda":
+            plain_float32()
         self.model = self._prepared(model)
 
     def _prepared(self, model: UNetPlusPlus) -> UNetPlusPlus:

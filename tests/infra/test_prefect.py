@@ -14,8 +14,10 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.server.utilities.user_templates import validate_user_template
 
 from flows import automations
-from flows.deploy import FILE, PLACES, POOL
-from jobs.config_file import load_config
+from flows import deploy
+from flows.deploy import CONFIGS, FILE, PLACES, POOL, with_site
+from jobs.config_file import load_config, read_yaml
+from unetpp.errors import ConfigError
 
 CONTENT = yaml.safe_load(FILE.read_text())
 DEPLOYMENTS = {each["name"]: each for each in CONTENT["deployments"]}
@@ -32,7 +34,7 @@ def filled(node: Any) -> Any:
 
 
 def test_every_flow_has_a_deployment_and_no_other() -> None:
-    assert set(DEPLOYMENTS) == {"nightly", "train", "archive", "backfill"}
+    assert set(DEPLOYMENTS) == set(CONFIGS) == {"nightly", "train", "archive", "backfill"}
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -48,6 +50,55 @@ def test_a_deployment_names_a_flow_and_begins_with_parameters_that_it_takes(name
     assert required - set(given) == ({"first", "last"} if name == "backfill" else set())
     settings = [f"{field}={value}" for field, value in given.items()]
     load_config(config_class, None, settings + (["first=2026-01-01", "last=2026-01-02"] if name == "backfill" else []))
+
+
+SITE = """
+data: s3://lab/labelled
+tolerance: 0.005
+train: {model: {filters: [16, 32, 64, 128, 256]}, epochs: 3}
+predict: {engine: openvino-int8}
+"""
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_deployment_begins_with_what_the_site_s_file_says_of_its_flow(tmp_path: Path, name: str) -> None:
+    (tmp_path / "site.yaml").write_text(SITE)
+    content = with_site(CONTENT, read_yaml(tmp_path / "site.yaml"))
+    (before,), (after,) = [[each for each in which["deployments"] if each["name"] == name] for which in (CONTENT, content)]
+    trains, predicts = name in ("nightly", "train"), name != "train"
+    expected = dict(before["parameters"]["config"])
+    if trains:
+        train = {"model": {"filters": [16, 32, 64, 128, 256]}, "epochs": 3}
+        expected |= {"data": "s3://lab/labelled", "tolerance": 0.005, "train": train}
+    if predicts:
+        expected |= {"predict": {"engine": "openvino-int8"}}
+    assert after == before | {"parameters": {"config": expected}}
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("tolerance: 2", "tolerance"),
+        ("trian: {epochs: 3}", "did you mean train"),
+        ("night: 2026-01-01", "night is of one night"),
+        ("- tolerance", "wanted `key: value` lines"),
+        ("input: s3://archive", "not set: UNETPP_DATA, UNETPP_MODELS, UNETPP_WORK, UNETPP_OUTPUT;"),
+    ],
+)
+def test_a_site_s_file_that_is_wrong_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, words: str
+) -> None:
+    (tmp_path / "site.yaml").write_text(site)
+    monkeypatch.setenv("UNETPP_CONFIG", str(tmp_path / "site.yaml"))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    for name in PLACES:
+        if "not set" in words:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, VALUES[name])
+    monkeypatch.setattr(deploy, "_prefect", lambda *_: pytest.fail("Prefect was told"))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        deploy.deploy()
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
