@@ -13,6 +13,7 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from kubernetes import client
 
+from flows.config import FlowOptions
 from jobs.cli import JOBS
 
 HOME = Path(__file__).parents[2]
@@ -156,6 +157,10 @@ def test_a_ray_cluster_wants_a_token_scales_from_nothing_and_does_no_work_on_its
         assert group["minReplicas"] == 0 < group["maxReplicas"]
         assert group["template"]["spec"]["restartPolicy"] == "Never"
         assert group["template"]["spec"]["nodeSelector"]["unetpp/spot"] == "true"
+    # In the head's pod KubeRay starts the autoscaler, which wants the account's token that KubeRay makes for it.
+    assert not {"automountServiceAccountToken", "serviceAccountName"} & set(
+        cluster["headGroupSpec"]["template"]["spec"]
+    )
     gpus = groups["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert gpus == "1"
 
@@ -164,6 +169,7 @@ def test_a_job_that_finds_no_room_is_failed_and_says_so() -> None:
     (job,) = documents(INFRA / "kuberay" / "rayjob.yaml")
     assert 0 < job["spec"]["preRunningDeadlineSeconds"] < job["spec"]["activeDeadlineSeconds"]
     assert job["spec"]["shutdownAfterJobFinishes"] is True
+    assert job["spec"]["activeDeadlineSeconds"] > 3600 * FlowOptions().deadline_hours
 
 
 def test_the_supervisor_may_touch_rayjobs_and_nothing_else() -> None:
@@ -273,8 +279,10 @@ def test_a_unit_restarts_drains_and_may_do_little(path: Path) -> None:
     assert (service["Restart"], service["KillMode"]) == ("always", "mixed")
     assert (service["NoNewPrivileges"], service["ProtectSystem"], service["User"]) == ("yes", "strict", "unetpp")
     assert int(service["TimeoutStopSec"]) >= 30
+    assert service["PrivateTmp"] == "yes", "else there is no place for temporary files that can be written to"
     assert "--limit" not in service["ExecStart"]
     assert "0.0.0.0" not in service["ExecStart"]
+    assert "XDG_CACHE_HOME=/var/lib/unetpp/" in (INFRA / "systemd" / "unetpp.env.example").read_text()
     named = set(re.findall(r"\$\{(\w+)\}", path.read_text()))
     example = (INFRA / "systemd" / "unetpp.env.example").read_text()
     assert named <= set(re.findall(r"^(\w+)=", example, re.M))
