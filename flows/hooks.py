@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -31,7 +32,9 @@ def stop_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     try:
         place = (flow_run.parameters.get("config") or {}).get("jobs", "auto")
         backend = backend_of(place)
-        for name in _followed(flow_run.id):
+        if not (followed := _followed(flow_run.id)):
+            logger.info("this flow run has named no job; should one run all the same, stop it by hand")
+        for name in followed:
             if others := _followers(name) - {str(flow_run.id)}:
                 logger.info("%s goes on: flow run %s follows it too", name, ", ".join(sorted(others)))
                 continue
@@ -44,6 +47,15 @@ def stop_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 def leave_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """On a crash: nothing but a word. The job goes on, and the next flow run attaches to it."""
     logger.warning("the flow run crashed; its job goes on, and the next flow run attaches to it")
+
+
+def others_following(name: str) -> set[str]:
+    """Ids of the flow runs that follow a job, besides the one that asks; none where Prefect cannot be asked."""
+    try:
+        return _followers(name) - {str(runtime.flow_run.id)}
+    except Exception as error:
+        logger.warning("who else follows %s is not known (%s: %s)", name, type(error).__name__, error)
+        return set()
 
 
 def _followed(flow_run_id: Any) -> set[str]:

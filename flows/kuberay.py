@@ -14,6 +14,7 @@ import yaml
 
 from flows.jobs_api import RayJobs
 from flows.ray_jobs import JobStatus, State
+from jobs.contract import ExitCode
 from unetpp.errors import ConfigError, TransientError
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
@@ -75,6 +76,8 @@ class KubeRayJobs:
             return JobStatus(State.SUCCEEDED, 0, message)
         if job in (State.FAILED, State.STOPPED):
             return JobStatus(State(job), _exit_code(message), message)
+        if deployment == "ValidationFailed":
+            return JobStatus(State.FAILED, int(ExitCode.CONFIG), f"KubeRay refuses its manifest: {message}")
         if deployment == "Failed":  # it never ran: no room in time, or its cluster did not come up
             return JobStatus(State.FAILED, None, message or "its cluster did not come up")
         return JobStatus(State.RUNNING if job == State.RUNNING else State.PENDING, None, message)

@@ -64,6 +64,7 @@ class Following:
         self._lines = _LineBudget(backend.url(submission_id)) if "PREFECT_API_URL" in os.environ else None
         self._progress: UUID | None = None
         self._shown, self._next = -1.0, 0.0
+        self._is_named = False
 
     @property
     def on_screen(self) -> bool:
@@ -80,8 +81,12 @@ class Following:
 
     def tick(self) -> None:
         """Show how far the job is, now and then."""
-        if self._watch is not None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + PROGRESS_EVERY_S
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + PROGRESS_EVERY_S
+        if not self._is_named:
+            self._show_job()
+        if self._watch is not None:
             self._show_progress()
 
     @never_in_the_way
@@ -104,6 +109,7 @@ class Following:
         url = self._backend.url(self._name)
         text = f"`{self._name}` on {self._backend.where}" + (f": [its page]({url})" if url else "")
         create_markdown_artifact(text, key=JOB_ARTIFACT, description=self._name)
+        self._is_named = True  # whoever cancels this flow run finds the job by it
 
     def __enter__(self) -> Self:
         self._show_job()

@@ -11,7 +11,7 @@ name, only where that makes sense.
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -172,7 +172,8 @@ def ensure(
             raise JobError(
                 last,
                 status.exit_code,
-                f"{_tail(backend, last)}\n{why}: mend what it says, then start the flow with again=true",
+                f"{_tail(backend, last) or status.message}\n"
+                f"{why}: mend what it says, then start the flow with again=true",
             )
         logger.info("%s: %s; trying again as %s", last, _ending(status), this)
     return Submission(this, attached=not patiently(backend.submit, this, command, metadata))
@@ -184,6 +185,7 @@ def follow(
     *,
     say: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
+    others: Callable[[], Collection[str]] = tuple,
     deadline: float | None = None,
     poll_s: float = POLL_S,
     grace_s: float = GRACE_S,
@@ -196,6 +198,7 @@ def follow(
         name: of the submission.
         say: takes every line of the log, once.
         tick: called at every look, for progress.
+        others: the other flow runs that follow it; a job that has some is not stopped.
         deadline: monotonic time at which the job is stopped.
         poll_s: seconds between two looks.
         grace_s: how long the cluster may be silent.
@@ -228,6 +231,13 @@ def follow(
         if not status.state.is_active:
             return status
         if deadline is not None and time.monotonic() > deadline:
+            if found := others():
+                raise JobError(
+                    name,
+                    int(ExitCode.INTERRUPTED),
+                    f"the deadline came before its end; it goes on, since flow run {', '.join(sorted(found))} follows "
+                    "it too. The next start attaches to it, or finds its result",
+                )
             how = stop_in_words(backend, name, timeout_s=stop_s, poll_s=poll_s)
             log.pass_on(at_the_end=True)
             raise JobError(

@@ -14,7 +14,7 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ValidationError
 
-from flows import lineage, publish, ray_jobs
+from flows import hooks, lineage, publish, ray_jobs
 from flows.backends import backend_of
 from flows.config import ArchiveFlowConfig, FlowOptions, TrainFlowConfig
 from flows.nights import night_of, refuse_future
@@ -365,6 +365,7 @@ def _once(
         )
         again = False
         logger.info("%s: %s %s", stage, "attached to" if submission.attached else "started", submission.submission_id)
+        attached_at = time.monotonic()
         with publish.Following(backend, submission.submission_id, watch) as following:
             status = _follow(backend, submission.submission_id, following, until)
         if status is not None and status.state is State.SUCCEEDED:
@@ -372,6 +373,9 @@ def _once(
                 return result
             raise JobError(submission.submission_id, 0, f"it left no readable result at {result_uri}")
         if status is not None and status.state is State.STOPPED:
+            if submission.attached and time.monotonic() - attached_at < ray_jobs.STOP_S:
+                logger.info("%s: %s was being stopped when this flow run came", stage, submission.submission_id)
+                continue
             raise JobError(
                 submission.submission_id, int(ExitCode.INTERRUPTED), "it was stopped; the next start goes on from there"
             )
@@ -391,10 +395,18 @@ def _follow(
 ) -> ray_jobs.JobStatus | None:
     """Follow a job; Ctrl-C stops it, the end of this process alone does not, where the job can live without it."""
     poll_s = ray_jobs.POLL_S if backend.survives else 0.2
+
+    def others() -> set[str]:
+        return hooks.others_following(name) if backend.survives else set()
+
     try:
-        return ray_jobs.follow(backend, name, say=following.say, tick=following.tick, deadline=until, poll_s=poll_s)
+        return ray_jobs.follow(
+            backend, name, say=following.say, tick=following.tick, others=others, deadline=until, poll_s=poll_s
+        )
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or not backend.survives:
+        if isinstance(error, KeyboardInterrupt) and (found := others()):
+            logger.info("%s goes on: flow run %s follows it too", name, ", ".join(sorted(found)))
+        elif isinstance(error, KeyboardInterrupt) or not backend.survives:
             logger.info("%s: %s", name, ray_jobs.stop_in_words(backend, name))
         raise
 

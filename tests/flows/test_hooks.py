@@ -38,6 +38,23 @@ def test_a_cancelled_run_tells_its_job_to_stop_until_the_cluster_answers(cancell
     assert "train: it ended by itself" in caplog.text
 
 
+def test_a_cancelled_run_that_has_named_no_job_says_so(cancelled, caplog) -> None:
+    caplog.set_level("INFO")
+    cancelled(Stubborn())
+    assert "named no job; should one run all the same, stop it by hand" in caplog.text
+
+
+def test_where_prefect_cannot_be_asked_nobody_else_follows(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def away(name: str) -> set[str]:
+        raise OSError("the server is away")
+
+    monkeypatch.setattr(hooks, "_followers", away)
+    assert hooks.others_following("predict") == set()
+    assert "who else follows predict is not known" in caplog.text
+    monkeypatch.setattr(hooks, "_followers", lambda name: {"7", "None"})
+    assert hooks.others_following("predict") == {"7"}
+
+
 def test_a_silent_cluster_does_not_hold_a_cancelled_run(cancelled, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr("flows.ray_jobs.STOP_S", 0.0)

@@ -13,7 +13,8 @@ from kubernetes import client
 
 from flows.kuberay import KubeRayJobs
 from flows.ray_jobs import JobStatus, State, ensure, stop
-from unetpp.errors import ConfigError, TransientError
+from jobs.contract import ExitCode
+from unetpp.errors import ConfigError, JobError, TransientError
 
 MANIFEST = yaml.safe_load((Path(__file__).parents[2] / "infra" / "kuberay" / "rayjob.yaml").read_text())
 ROOT = "/apis/ray.io/v1/namespaces/unetpp/rayjobs"
@@ -105,6 +106,10 @@ def test_a_job_is_a_resource_of_its_name_and_is_made_once(jobs: KubeRayJobs, kub
             {"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded"},
             JobStatus(State.FAILED, None, "PreRunningDeadlineExceeded"),
         ),
+        (
+            {"jobDeploymentStatus": "ValidationFailed", "message": "num-cpus is given twice"},
+            JobStatus(State.FAILED, 10, "KubeRay refuses its manifest: num-cpus is given twice"),
+        ),
     ],
 )
 def test_what_kuberay_says_of_a_job_is_understood(
@@ -122,6 +127,19 @@ def test_a_job_that_failed_for_good_is_not_made_again_and_a_lost_one_is(
     assert ensure(jobs, "job", "unetpp predict", {}) == ("job", True)
     kubernetes.rayjobs["job"]["status"] = {"jobStatus": "FAILED", "message": "exit code 1"}
     assert ensure(jobs, "job", "unetpp predict", {}) == ("job-a1", False)
+
+
+def test_why_a_job_failed_is_said_by_its_resource_where_its_cluster_is_gone(
+    jobs: KubeRayJobs, kubernetes: Kubernetes
+) -> None:
+    assert ensure(jobs, "job", "unetpp predict", {}) == ("job", False)
+    kubernetes.rayjobs["job"]["status"] = {
+        "jobDeploymentStatus": "ValidationFailed",
+        "message": "num-cpus is given twice",
+    }
+    with pytest.raises(JobError, match="num-cpus is given twice") as refused:
+        ensure(jobs, "job", "unetpp predict", {})
+    assert refused.value.exit_code == ExitCode.CONFIG
 
 
 def test_stopping_deletes_the_resource(jobs: KubeRayJobs, kubernetes: Kubernetes) -> None:

@@ -66,6 +66,22 @@ def test_what_cannot_be_published_stops_nothing(caplog: pytest.LogCaptureFixture
     assert "publish_something: Prefect did not take it (OSError: the server is away)" in caplog.text
 
 
+def test_a_job_is_named_again_until_prefect_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+
+    def create(text: str, key: str, description: str) -> None:
+        named.append(description)
+        if len(named) < 3:
+            raise OSError("the server is away")
+
+    monkeypatch.setattr(publish, "create_markdown_artifact", create)
+    monkeypatch.setattr(publish, "PROGRESS_EVERY_S", 0.0)
+    with publish.Following(Place(), "job", None) as following:  # type: ignore[arg-type]
+        for _ in range(5):
+            following.tick()
+    assert named == ["job"] * 3
+
+
 def test_an_event_names_archive_model_and_table_as_openlineage_does(tmp_path: Path) -> None:
     job = PredictConfig(model="s3://models/nuclei/abc", input="s3://profile@archive/2026", output=str(tmp_path))
     predicted = PredictResult(

@@ -2,6 +2,7 @@
 
 import string
 import time
+from typing import Any
 
 import pytest
 
@@ -188,9 +189,9 @@ def test_two_that_start_at_once_share_the_job() -> None:
 # ------------------------------------------------------------------------------------------------- follow
 
 
-def followed(cluster: Cluster, lines: list[str] | None = None, **how: float) -> JobStatus | None:
+def followed(cluster: Cluster, lines: list[str] | None = None, **how: Any) -> JobStatus | None:
     said = [] if lines is None else lines
-    return follow(cluster, "job", say=said.append, poll_s=0.001, **how)  # type: ignore[arg-type]
+    return follow(cluster, "job", say=said.append, poll_s=0.001, **how)
 
 
 def test_a_job_is_followed_to_its_end() -> None:
@@ -237,6 +238,15 @@ def test_at_the_deadline_the_job_is_stopped_and_the_next_start_goes_on() -> None
     assert ended.value.exit_code == ExitCode.INTERRUPTED
     assert cluster.stopped == ["job"]
     assert ensured(cluster) == ("job-a1", False)
+
+
+def test_at_the_deadline_a_job_that_others_follow_goes_on() -> None:
+    cluster = Cluster(job=[RUNNING])
+    with pytest.raises(JobError, match="it goes on, since flow run a, b follows it too") as ended:
+        followed(cluster, others=lambda: {"b", "a"}, deadline=time.monotonic() - 1)
+    assert ended.value.exit_code == ExitCode.INTERRUPTED
+    assert cluster.stopped == []
+    assert ensured(cluster) == ("job", True)
 
 
 class Stubborn(Cluster):
