@@ -253,7 +253,10 @@ def _deployments(api: str, wanted: tuple[str, ...]) -> str:
     if missing := [name for name in wanted if name not in found]:
         raise _Wrong(f"missing: {', '.join(missing)}", "python -m flows.deploy")
     if paused := [name for name in wanted if found[name]["paused"]]:
-        raise _Wrong(f"paused: {', '.join(paused)}", f"prefect deployment resume {paused[0]}/{paused[0]}")
+        raise _Wrong(f"paused: {', '.join(paused)}", "switch it on in Prefect's page of the deployment")
+    schedules = {name: found[name].get("schedules") or [] for name in wanted}
+    if idle := [name for name, each in schedules.items() if each and not any(one["active"] for one in each)]:
+        raise _Wrong(f"no schedule is active: {', '.join(idle)}", "python -m flows.deploy")
     return ", ".join(wanted)
 
 

@@ -69,6 +69,15 @@ def a_deployment_that_is_paused(nights: Nights) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def a_schedule_that_is_paused(nights: Nights) -> Iterator[None]:
+    (schedule,) = nights.deployment("nightly")["schedules"]
+    uri = f"/deployments/{nights.deployment('nightly')['id']}/schedules/{schedule['id']}"
+    nights.ask("PATCH", uri, json={"active": False})
+    yield
+    nights.ask("PATCH", uri, json={"active": True})
+
+
+@contextlib.contextmanager
 def a_damaged_model(nights: Nights) -> Iterator[None]:
     _, model = registry.current("s3://models/given")
     assert model is not None
@@ -101,7 +110,8 @@ def nothing(nights: Nights) -> Iterator[None]:
         (nothing, ["--prefect", "http://127.0.0.1:9/api"], {}, "prefect", "start it, or mend its address"),
         (a_paused_pool, [], {}, "work pool", "prefect work-pool resume unetpp"),
         (nothing, ["--work-pool", "elsewhere"], {}, "work pool", "python -m flows.deploy"),
-        (a_deployment_that_is_paused, [], {}, "deployments", "prefect deployment resume train/train"),
+        (a_deployment_that_is_paused, [], {}, "deployments", "paused: train"),
+        (a_schedule_that_is_paused, [], {}, "deployments", "no schedule is active: nightly"),
         (nothing, ["--deployments", "yearly"], {}, "deployments", "missing: yearly"),
         (a_missing_automation, [], {}, "automations", "missing: unetpp-late"),
     ],
