@@ -6,7 +6,7 @@ Nothing is ever rewritten: a promotion, and a rollback too, puts the next number
 import re
 
 from jobs import storage
-from jobs.models import fetch_model
+from jobs.models import fetch_model, is_there
 from unetpp.config import Frozen, Level
 from unetpp.errors import ConfigError, ModelError, StorageError
 
@@ -50,8 +50,12 @@ def current(models: str) -> tuple[int, CurrentModel | None]:
 
 
 def promote(models: str, number: int, model: CurrentModel, source_uri: str) -> bool:
-    """Copy a model to `<models>/<digest>/` and make it number `number`; False if another one has that number."""
-    storage.upload_folder(fetch_model(source_uri), model_uri(models, model.digest), last="config.json")
+    """Copy a model to `<models>/<digest>/` and make it number `number`; False if another one has that number.
+
+    A folder that is there stays as it is: it is the same model, and may have an int8 form since.
+    """
+    if not is_there(there := model_uri(models, model.digest)):
+        storage.upload_folder(fetch_model(source_uri), there, last="config.json")
     return _put(models, number, model)
 
 

@@ -50,6 +50,15 @@ def test_a_promotion_copies_the_model_and_names_it(tmp_path: Path, exported_dir:
     }
 
 
+def test_a_model_that_is_promoted_again_keeps_what_was_made_of_it_since(tmp_path: Path, exported_dir: Path) -> None:
+    models = str(tmp_path / "models")
+    assert registry.promote(models, 1, model_named("a" * 64), str(exported_dir))
+    config = tmp_path / "models" / ("a" * 64) / "config.json"
+    config.write_text('{"quantised": {}}')
+    assert registry.promote(models, 2, model_named("a" * 64), str(exported_dir))
+    assert registry.has_int8(models, "a" * 64)
+
+
 def test_a_current_model_that_is_gone_is_told(tmp_path: Path, exported_dir: Path) -> None:
     models = str(tmp_path / "models")
     (exported_dir / "config.json").write_text("{}")
