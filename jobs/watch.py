@@ -27,7 +27,7 @@ class Watch:
     def look(self) -> RunProgress | None:
         """How far it is now; None while there is no run, or nothing of it can be read."""
         try:
-            while storage.exists(self._uri(self._run + 1, "run.json")) or (not self._run and self._find_first()):
+            while (not self._run and self._find_first()) or storage.exists(self._uri(self._run + 1, "run.json")):
                 self._run += 1
             if not self._run:
                 return None

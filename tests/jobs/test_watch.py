@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from jobs import storage
 from jobs.contract import PredictConfig
 from jobs.predict import run
@@ -27,6 +29,18 @@ def test_the_newest_run_and_the_newest_lease_count(place: str) -> None:
     put(place, "r00002/hints/lease-10.json", {"num_done": 12})
     assert watch.look() == RunProgress(run="r00002", num_images=20, num_done=12, is_sealed=False)
     assert Watch(place).look() == watch.look()
+
+
+def test_the_newest_of_many_runs_is_found_by_a_listing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 31):
+        put(place, f"r{number:05d}/run.json", {"run": f"r{number:05d}", "num_images": 10})
+    asked: list[str] = []
+    exists = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda uri: asked.append(uri) or exists(uri))
+    seen = Watch(place).look()
+    assert seen is not None
+    assert seen.run == "r00030"
+    assert len(asked) <= 3
 
 
 def test_what_is_damaged_is_no_progress_and_no_error(place: str) -> None:
