@@ -231,7 +231,7 @@ def _help(leaf: Leaf) -> str:
 
 def _value(leaf: Leaf, word: Any) -> object:
     """Return a flag's words as a plain value; whether it is allowed is pydantic's business."""
-    if leaf.is_switch or leaf.is_free_text:
+    if leaf.is_switch or leaf.is_free_text or (leaf.may_be_text and not word.startswith("[")):
         return word
     if not leaf.is_list:
         return _yaml(word)

@@ -45,6 +45,11 @@ class Leaf:
         item = self.schema.get("items", {}) if self.is_list else self.schema
         return item.get("type") == "string" and "enum" not in item
 
+    @property
+    def may_be_text(self) -> bool:
+        """True if one text is a value beside others, as a list of texts."""
+        return any(choice.get("type") == "string" and "enum" not in choice for choice in self.schema.get("anyOf", ()))
+
 
 def schema_of(config_class: type[BaseModel]) -> Schema:
     """Return the JSON schema with every reference written out and `X | None` as X."""

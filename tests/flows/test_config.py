@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import ArchiveFlowConfig, NightlyConfig, TrainFlowConfig
+from jobs.command_line import new_app, run_app, set_command
 from jobs.config_file import load_config, write_yaml
 from jobs.contract import PredictConfig, PredictOptions, TrainConfig, TrainOptions
 from unetpp.errors import ConfigError
@@ -21,6 +22,23 @@ def test_a_flow_trains_and_predicts_by_the_jobs_own_options() -> None:
     night = load_config(NightlyConfig, None, [*PLACES, "train.epochs=7", "predict.shard_images=5"])
     assert night.train == TrainOptions(epochs=7)
     assert night.predict == PredictOptions(shard_images=5)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("/data/run #2", "/data/run #2"),
+        ("2026-11-24", "2026-11-24"),
+        ("s3://archive/{night}", "s3://archive/{night}"),
+        ("[s3://archive/a, s3://archive/b]", ("s3://archive/a", "s3://archive/b")),
+    ],
+)
+def test_an_input_is_taken_as_it_was_typed(word: str, expected: object) -> None:
+    found: list[ArchiveFlowConfig] = []
+    app = new_app("flows.archive", "")
+    set_command(app, ArchiveFlowConfig, lambda config: found.append(config) or 0)
+    assert run_app(app, ["--models", "m", "--output", "o", "--input", word]) == 0
+    assert found[0].input == expected
 
 
 def test_a_night_is_other_work_in_another_precision_and_the_same_by_another_engine() -> None:
