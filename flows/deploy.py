@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from flows.config import ArchiveFlowConfig, BackfillConfig, NightlyConfig, TrainFlowConfig
 from jobs import logs
@@ -33,7 +34,7 @@ PLACES = {
     "UNETPP_OUTPUT": "output",
 }
 """Variables, and the parameters that they are."""
-CONFIGS = {
+CONFIGS: dict[str, type[BaseModel]] = {
     "nightly": NightlyConfig,
     "train": TrainFlowConfig,
     "archive": ArchiveFlowConfig,

@@ -438,7 +438,8 @@ class PredictOptions(Frozen):
         None, description="of Parquet files, with image bytes; default: image, image_bytes, bytes or content"
     )
     name_column: str | None = Field(
-        None, description="of Parquet files, with the images' names; default: key, id, name, file_name, filename or path"
+        None,
+        description="of Parquet files, with the images' names; default: key, id, name, file_name, filename or path",
     )
     max_members: Annotated[int, Field(ge=1)] = Field(
         1_000_000, description="members of an archive that are looked at; the rest becomes one too_large row"

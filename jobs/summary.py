@@ -62,7 +62,11 @@ def show(result: BaseModel, console: Console) -> None:
         case CompactResult():
             for each in result.compactions:
                 what = f"{each.num_parts_before} parts of {len(each.compacted)} runs became {each.num_parts}"
-                _line(console, each.run, f"{what}, {each.num_rows} rows; a day later unetpp gc --delete removes the old ones")
+                _line(
+                    console,
+                    each.run,
+                    f"{what}, {each.num_rows} rows; a day later unetpp gc --delete removes the old ones",
+                )
             if not result.compactions:
                 _line(console, "unchanged", f"no part would be saved in {result.output_uri}")
         case GcResult():

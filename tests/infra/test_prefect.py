@@ -13,8 +13,7 @@ import yaml
 from prefect.events.schemas.automations import AutomationCore
 from prefect.server.utilities.user_templates import validate_user_template
 
-from flows import automations
-from flows import deploy
+from flows import automations, deploy
 from flows.deploy import CONFIGS, FILE, PLACES, POOL, with_site
 from jobs.config_file import load_config, read_yaml
 from unetpp.errors import ConfigError
@@ -64,7 +63,7 @@ predict: {engine: openvino-int8}
 def test_a_deployment_begins_with_what_the_site_s_file_says_of_its_flow(tmp_path: Path, name: str) -> None:
     (tmp_path / "site.yaml").write_text(SITE)
     content = with_site(CONTENT, read_yaml(tmp_path / "site.yaml"))
-    (before,), (after,) = [[each for each in which["deployments"] if each["name"] == name] for which in (CONTENT, content)]
+    before, (after,) = DEPLOYMENTS[name], [each for each in content["deployments"] if each["name"] == name]
     trains, predicts = name in ("nightly", "train"), name != "train"
     expected = dict(before["parameters"]["config"])
     if trains:
