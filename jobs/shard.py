@@ -73,13 +73,20 @@ class Outcome(NamedTuple):
     geo: str | None = None
 
 
-def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Generator[Item]:
+def read_shard(
+    task: Task,
+    shard: Shard,
+    threads: ThreadPoolExecutor,
+    decoders: DecodePool,
+    moved: Callable[[], None] = lambda: None,
+) -> Generator[Item]:
     """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad.
 
-    Of an image that is cut into windows, what the network wants for each is read by itself.
+    Of an image that is cut into windows, what the network wants for each is read by itself. `moved` is called while
+    there is no image yet: in an archive the next one may be far.
     """
     listed, config = manifest.read_rows(task.manifest_uri, shard), task.config
-    for row, content in contents(task.sources, listed, threads, limits_of(config), columns_of(config)):
+    for row, content in contents(task.sources, listed, threads, limits_of(config), columns_of(config), moved):
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue

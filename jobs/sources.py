@@ -119,7 +119,7 @@ class Listing:
         return members.kind_of(found.key) is not None and bool(found.etag) and not self._is_excluded(found.key)
 
     def _look_into(self, found: "_Found") -> list[Member]:
-        archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns)
+        archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns, lambda: None)
         try:
             return archive.members(self._indexes_uri)
         except ImageError as error:

@@ -75,7 +75,7 @@ class Worker:
             return seen
         with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
             self.predictor.on_forward = watch.sign
-            images = read_shard(self.task, shard, self._reading, self._decoders)
+            images = read_shard(self.task, shard, self._reading, self._decoders, watch.sign)
             with Ahead(images, _num_bytes, AHEAD_BYTES, name="read") as ahead:
                 items = watch.through("read", ahead)
                 outcomes = watch.through("predict", predict_shard(predictor, items))
@@ -86,7 +86,8 @@ class Worker:
         if not isinstance(seen := self._look(shard), hints.Seen):
             return seen
         with self._begun(shard) as watch:
-            return list(watch.through("read", read_shard(self.task, shard, self._reading, self._decoders)))
+            images = read_shard(self.task, shard, self._reading, self._decoders, watch.sign)
+            return list(watch.through("read", images))
 
     def predict(self, shard: Shard, items: list[Item]) -> list[Outcome]:
         """The second part of a call alone."""
