@@ -266,6 +266,30 @@ def test_an_archive_that_is_replaced_or_deleted_after_the_listing_is_known(place
     assert {content.code for content in read(place, found)} == {"gone"}
 
 
+def test_whoever_stops_a_listing_does_not_wait_for_whole_archives(
+    images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar.gz").write_bytes(PACKED["x.tar.gz"](images))
+    packed = tar_of({"a.png": np.random.default_rng(0).bytes(8 << 20)}, "w:gz")
+    for number in range(1, 6):
+        (tmp_path / "in" / f"{number}.tar.gz").write_bytes(packed)
+    read_range = storage.read_range
+
+    def slow(*what: Any) -> bytes:
+        time.sleep(0.2)
+        return read_range(*what)
+
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(storage, "read_range", slow)
+    config = PredictConfig(model="m", input=(f"{tmp_path}/in",), output="o")
+    found = iter(Listing(sources.resolve(config.input, f"{tmp_path}/out"), config, f"{tmp_path}/indexes"))
+    assert next(found).key == "0.tar.gz#00.png"
+    started = time.monotonic()
+    found.close()
+    assert time.monotonic() - started < 10  # of 25 s an archive
+
+
 # ------------------------------------------------------------------------------------------------ forms
 
 
