@@ -29,7 +29,7 @@ from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
 from unetpp.allocator import return_large_arrays
-from unetpp.errors import UnetppError
+from unetpp.errors import DeviceError, UnetppError
 from unetpp.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -126,12 +126,21 @@ class Worker:
             hints.in_flight(task.hints_uri, task.call, shard.number) as leave_word,
             watching(task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
         ):
-            yield watch
+            try:
+                yield watch
+            except DeviceError as error:
+                if task.config.backend == "ray":  # which starts another process; inline there is none but this
+                    self._end(f"shard {shard.number}: {error}", leave_word)
+                raise
 
     def _give_up(self, shard: Shard, watch: Watch, leave_word: Callable[[str], None]) -> None:
         """End this process, which hangs: its shard is tried again, and in the end image by image behind a guard."""
         word = f"shard {shard.number}: nothing moved for {watch.still_s:.0f} s in stage {watch.stage}"
         word += f", after image {watch.key!r}" if watch.key else ""
+        self._end(word, leave_word)
+
+    def _end(self, word: str, leave_word: Callable[[str], None]) -> None:
+        """End this process, with a word why: its shard is as unfinished as that of one that was killed."""
         logger.error("%s; its worker is ended", word)
         telling = threading.Thread(target=leave_word, args=(f"{word}; its worker was ended",), daemon=True)
         telling.start()

@@ -35,8 +35,17 @@ from jobs.worker import Worker
 from tests.cpu import needs_bf16
 from unetpp.config import ModelConfig
 from unetpp.engines import Engine, TileStats
-from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
+from unetpp.errors import (
+    AbandonedError,
+    BreakerError,
+    ConfigError,
+    DeviceError,
+    ImageError,
+    ModelError,
+    StorageError,
+)
 from unetpp.images import decode_image, decode_mask
+from unetpp.openvino_engine import OpenVINOEngine
 from unetpp.predictor import Predictor
 
 NUM_IMAGES = 12  # of the archive
@@ -302,6 +311,25 @@ def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: P
 
 
 # ------------------------------------------------------------------------------------------------ a bad world
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_broken_gpu_stops_the_run_and_makes_no_rows(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise DeviceError("the GPU computes nothing more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenVINOEngine, "__call__", broken)
+        patch.setattr(Predictor, "batch_images", at_once)
+        with pytest.raises(DeviceError):
+            segment(result=str(tmp_path / "result.json"))
+    failed = json.loads((tmp_path / "result.json").read_text())
+    assert (failed["status"], failed["exit_code"], failed["num_failed"]) == ("failed", ExitCode.OTHER, 0)
+    assert len(list((tmp_path / "out" / "runs" / "r00001" / "hints").glob("shard-*"))) == 1  # as of a worker that was killed
+    result = segment()
+    assert (result.runs, result.num_predicted, result.exit_code) == (("r00001",), NUM_IMAGES, 0)
 
 
 def test_a_store_that_refuses_stops_the_run_and_a_rerun_resumes_it(segment, tmp_path: Path) -> None:

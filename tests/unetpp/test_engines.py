@@ -19,7 +19,7 @@ from unetpp.compiled_engine import CompiledEngine
 from unetpp.config import ModelConfig
 from unetpp.devices import cpu_flags
 from unetpp.engine_names import PRECISION, auto_engines
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, DeviceError
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import load_engine
 from unetpp.torch_engine import ReferenceEngine, TorchEngine
@@ -93,6 +93,9 @@ def test_other_pixels_are_refused(name: str) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     ],
 )
@@ -114,6 +117,25 @@ def test_what_torch_says_of_memory_is_a_memory_error(error: Exception) -> None:
     read = Late(network(level=1), "fast").start(tiles(), CORE)
     with pytest.raises(MemoryError, match="tiles of shape"):
         read()
+
+
+def test_a_broken_gpu_is_told_from_an_image_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for ...")
+
+    def fails(*_: object) -> Any:
+        raise error
+
+    class Failing(ReferenceEngine):
+        _decided = fails
+
+    failing = Failing(network(level=1), "fast")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(torch.AcceleratorError):
+        failing(tiles(), CORE)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(DeviceError, match=r"nothing more for this process .*an illegal memory access was"):
+        failing(tiles(), CORE)
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "openvino"])
