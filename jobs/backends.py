@@ -85,7 +85,8 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
             found = split.answers(rows, task, compute, per_actor, _labels(task.config))
         else:
             actor: Any = ShardActor
-            found = rows.map(actor, fn_constructor_args=(task,), compute=compute, **per_actor)
+            of_actor = (task, per_actor.get("num_gpus", 1.0))
+            found = rows.map(actor, fn_constructor_args=of_actor, compute=compute, **per_actor)
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
             answers: Any
@@ -174,8 +175,8 @@ def _labels(config: PredictConfig) -> dict[str, Any]:
 class ShardActor:
     """A Worker in an actor of Ray."""
 
-    def __init__(self, task: Task) -> None:
-        self._worker = Worker(task)
+    def __init__(self, task: Task, gpu_share: float) -> None:
+        self._worker = Worker(task, gpu_share=gpu_share)
 
     def __call__(self, row: Row) -> Row:
         """One shard, and what became of it."""

@@ -45,9 +45,10 @@ MAX_TRIES_OF_CALL = 8
 class Worker:
     """Takes shards, one after the other, through the three functions. Loads the model at the first."""
 
-    def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
+    def __init__(self, task: Task, predictor: Predictor | None = None, gpu_share: float = 1.0) -> None:
+        """`gpu_share` of a GPU's memory is the model's, where it is loaded here."""
         return_large_arrays()
-        self.task = task
+        self.task, self._gpu_share = task, gpu_share
         self._reading, self._writing = storage.io_threads(), storage.io_threads()
         if predictor is not None:
             self.predictor = predictor
@@ -56,7 +57,7 @@ class Worker:
     def predictor(self) -> Predictor:
         """The task's model. ModelError where the folder holds another one by now."""
         task = self.task
-        predictor = load_predictor(task.model_uri, task.config, task.threads)
+        predictor = load_predictor(task.model_uri, task.config, task.threads, self._gpu_share)
         models.refuse_another(
             task.model_uri, predictor.digest, task.run, task.model_digest, "start again to open a new run"
         )

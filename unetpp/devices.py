@@ -9,6 +9,8 @@ from unetpp.errors import DeviceError
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """What the drivers of GPUs make; without one of them there is no need to ask torch, which takes seconds to load."""
 CPU_INFO = Path("/proc/cpuinfo")
+CUDA_BYTES = 768 << 20
+"""Of a GPU's memory that each process takes beside what torch allocates."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 """What torch, CUDA, cuBLAS and cuDNN say."""
 
@@ -20,6 +22,16 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def share_gpu(share: float) -> None:
+    """Take no more than this share of the memory of a GPU, if there is one: the rest is for those who share it."""
+    if share == 1 or not has_gpu():
+        return
+    import torch
+
+    _, total_bytes = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(max(share / 2, share - CUDA_BYTES / total_bytes))
 
 
 def cpu_flags() -> frozenset[str]:

@@ -27,7 +27,7 @@ from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
@@ -43,10 +43,12 @@ from unetpp.errors import (
     ImageError,
     ModelError,
     StorageError,
+    UnetppError,
 )
 from unetpp.images import decode_image, decode_mask
 from unetpp.openvino_engine import OpenVINOEngine
 from unetpp.predictor import Predictor
+from unetpp.torch_engine import TorchEngine
 
 NUM_IMAGES = 12  # of the archive
 
@@ -311,6 +313,18 @@ def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: P
 
 
 # ------------------------------------------------------------------------------------------------ a bad world
+
+
+def test_a_model_that_finds_no_memory_says_how_many_share_the_gpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(TorchEngine, "_prepared", full)
+    config = PredictConfig(model=str(tiny_model), input=("images",), output="out", engine="torch")
+    with pytest.raises(UnetppError, match=r"\(CUDA error: out of memory\), .* 4 worker\(s\) .* --workers-per-gpu;"):
+        load_predictor(config.model, config, 1, gpu_share=0.25)
 
 
 @pytest.mark.parametrize("at_once", [1, 4])

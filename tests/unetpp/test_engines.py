@@ -188,6 +188,18 @@ def test_cpu_flags_are_those_that_linux_tells_and_onednn_is_allowed(
     assert cpu_flags() == frozenset()
 
 
+@pytest.mark.parametrize(("share", "gib", "told"), [(0.25, 80, [0.240625]), (0.25, 2, [0.125]), (1.0, 80, [])])
+def test_those_who_share_a_gpu_leave_each_other_memory(
+    share: float, gib: int, told: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gib << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", seen.append)
+    devices.share_gpu(share)
+    assert seen == told
+
+
 def test_bf16_masks_are_the_references_but_for_undecided_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(level=4)
     if not HAS_BF16:
