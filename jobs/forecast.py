@@ -24,6 +24,8 @@ MACS_PER_S: dict[str, float] = {
 """Of one thread of a CPU."""
 GPU_MACS_PER_S = 20e12
 """Of the engine that GPUs are given."""
+PATIENCE = 4
+"""So many times what is forecast may pass before work is taken for hanging: CPUs differ, and networks."""
 TRAVELLING_BYTES = 64 << 20
 """Of a shard's images where they are decoded in one place and predicted in another."""
 MIRRORED = 4

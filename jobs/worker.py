@@ -20,7 +20,7 @@ from typing import Self
 
 import pyarrow.parquet as pq
 
-from jobs import hints, models, sink, storage
+from jobs import forecast, hints, models, sink, storage
 from jobs.ahead import Ahead
 from jobs.contract import WALL_FACTOR, ExitCode
 from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
@@ -74,7 +74,7 @@ class Worker:
         """
         if not isinstance(seen := self._look(shard), hints.Seen):
             return seen
-        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries, watch) as predictor:
             self.predictor.on_forward = watch.sign
             images = read_shard(self.task, shard, self._reading, self._decoders, watch.sign)
             with Ahead(images, _num_bytes, AHEAD_BYTES, name="read") as ahead:
@@ -94,7 +94,7 @@ class Worker:
         """The second part of a call alone."""
         seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
         self._refuse_deadly(shard, seen)
-        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries, watch) as predictor:
             self.predictor.on_forward = watch.sign
             return list(watch.through("predict", predict_shard(predictor, items)))
 
@@ -149,7 +149,7 @@ class Worker:
         os._exit(ExitCode.INTERRUPTED)
 
     @contextmanager
-    def _predictor_after(self, num_tries: int) -> Iterator[Predictor | GuardedPredictor]:
+    def _predictor_after(self, num_tries: int, watch: Watch) -> Iterator[Predictor | GuardedPredictor]:
         """The predictor for a shard that was begun and not ended `num_tries` times: in the end one that may die."""
         if num_tries < MAX_TRIES:
             yield self.predictor
@@ -157,13 +157,15 @@ class Worker:
         config = self.task.config
         logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
         model_dir = models.fetch_model(self.task.model_uri)
-        seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
+        seconds = config.stall_s / (WALL_FACTOR + 1)  # and more for a large image
         with GuardedPredictor(
             model_dir,
             self.task.network.level,
             config.mode,
             config.tile_px,
             seconds or PREDICT_SECONDS,
+            seconds_per_pixel=forecast.PATIENCE * forecast.seconds_of_a_thread(config, self.task.network, 1),
+            waiting=watch.sign,
             engine=config.engine,
             flips=config.flips,
             probability="probability" in config.write,

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import backends, manifest, predict, storage
+from jobs import backends, forecast, manifest, predict, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
-from jobs.guarded import DecodePool
+from jobs.guarded import Child, DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
 from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
@@ -315,6 +315,20 @@ def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: P
 # ------------------------------------------------------------------------------------------------ a bad world
 
 
+def test_behind_the_guard_a_large_image_may_take_longer(segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow, allowed = Child.allow, []
+
+    def noting(child: Child, seconds: float) -> None:
+        allowed.append(seconds)
+        allow(child, seconds)
+
+    monkeypatch.setattr(Child, "allow", noting)
+    monkeypatch.setattr("jobs.worker.MAX_TRIES", 0)
+    monkeypatch.setitem(forecast.MACS_PER_S, "openvino", 5e4)
+    assert segment().num_predicted == NUM_IMAGES
+    assert min(allowed) == 300 < max(allowed)
+
+
 def test_a_model_that_finds_no_memory_says_how_many_share_the_gpu(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +355,8 @@ def test_a_broken_gpu_stops_the_run_and_makes_no_rows(
             segment(result=str(tmp_path / "result.json"))
     failed = json.loads((tmp_path / "result.json").read_text())
     assert (failed["status"], failed["exit_code"], failed["num_failed"]) == ("failed", ExitCode.OTHER, 0)
-    assert len(list((tmp_path / "out" / "runs" / "r00001" / "hints").glob("shard-*"))) == 1  # as of a worker that was killed
+    notes = (tmp_path / "out" / "runs" / "r00001" / "hints").glob("shard-*")
+    assert len(list(notes)) == 1  # as of a worker that was killed
     result = segment()
     assert (result.runs, result.num_predicted, result.exit_code) == (("r00001",), NUM_IMAGES, 0)
 
