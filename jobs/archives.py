@@ -7,7 +7,7 @@ its start to the last of them; those of a Parquet file batch by batch.
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -28,16 +28,19 @@ GAP_BYTES = 64 << 10
 class Archive:
     """One version of an archive in a store. Its reads raise ImageError `gone` or `changed`, and StorageError."""
 
-    def __init__(self, uri: str, etag: str, size_bytes: int, limits: Limits, columns: Columns) -> None:
+    def __init__(
+        self, uri: str, etag: str, size_bytes: int, limits: Limits, columns: Columns, moved: Callable[[], None]
+    ) -> None:
+        """`moved` is called while the archive is read, a request for each time."""
         kind = members.kind_of(uri)
         assert kind is not None
         self.uri, self.etag, self.size_bytes, self.kind = uri, etag, size_bytes, kind
-        self.limits, self.columns = limits, columns
+        self.limits, self.columns, self._moved = limits, columns, moved
 
     def open(self) -> BinaryIO:
         """The archive as a file; of a Parquet file only the columns that are wanted are to be read."""
         how = storage.open_file if self.kind == "parquet" else storage.open_stream
-        return how(self.uri, self.etag, self.size_bytes)
+        return how(self.uri, self.etag, self.size_bytes, self._moved)
 
     def members(self, indexes_uri: str) -> list[Member]:
         """Every member, as `index` or an earlier call of this found them; a zip's directory is asked every time."""
@@ -62,7 +65,12 @@ class Archive:
 
 
 def contents(
-    sources: Sequence[str], rows: Iterable[ManifestRow], threads: ThreadPoolExecutor, limits: Limits, columns: Columns
+    sources: Sequence[str],
+    rows: Iterable[ManifestRow],
+    threads: ThreadPoolExecutor,
+    limits: Limits,
+    columns: Columns,
+    moved: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[ManifestRow, Content]]:
     """Each row with its image's bytes, or why it has none, in the order of the rows.
 
@@ -72,13 +80,14 @@ def contents(
         threads: fetch loose objects, and runs of members, ahead.
         limits: those that the archives were listed with.
         columns: of Parquet files, as they were listed with.
+        moved: called while an archive is read to where the next of them is, which may take long.
 
     Raises:
         StorageError: the world is bad.
     """
     ordered = list(rows)
     runs = _runs(ordered)
-    begun = [_begin(sources, run, threads, limits, columns) for run in runs]
+    begun = [_begin(sources, run, threads, limits, columns, moved) for run in runs]
     for run, answers in zip(runs, begun, strict=True):
         yield from zip(run, answers, strict=True)
 
@@ -116,7 +125,12 @@ def _container(row: ManifestRow) -> tuple[int, str, str]:
 
 
 def _begin(
-    sources: Sequence[str], run: list[ManifestRow], threads: ThreadPoolExecutor, limits: Limits, columns: Columns
+    sources: Sequence[str],
+    run: list[ManifestRow],
+    threads: ThreadPoolExecutor,
+    limits: Limits,
+    columns: Columns,
+    moved: Callable[[], None],
 ) -> Iterator[Content]:
     """The contents of rows of one archive, or of loose objects; what can be fetched ahead is begun."""
     why = [members.refusal(row.etag, row.position) for row in run]
@@ -128,7 +142,7 @@ def _begin(
     elif wanted and members.kind_of(uri) == "tar":
         answers = _ranges(uri, wanted, threads, None)
     elif wanted:
-        answers = _read_archive(uri, wanted, threads, limits, columns)
+        answers = _read_archive(uri, wanted, threads, limits, columns, moved)
     return (next(answers) if refusal is None else refusal for refusal in why)
 
 
@@ -142,7 +156,12 @@ def _read_loose(uri: str, row: ManifestRow, threads: ThreadPoolExecutor) -> Cont
 
 
 def _read_archive(
-    uri: str, rows: list[ManifestRow], threads: ThreadPoolExecutor, limits: Limits, columns: Columns
+    uri: str,
+    rows: list[ManifestRow],
+    threads: ThreadPoolExecutor,
+    limits: Limits,
+    columns: Columns,
+    moved: Callable[[], None],
 ) -> Iterator[Content]:
     """Members of an archive whose size must be known; what is wrong with the whole of it is so for every one."""
     found = storage.find(uri)
@@ -151,7 +170,7 @@ def _read_archive(
         if found is None:
             error = ImageError("gone", f"{uri} was deleted after it was listed")
         return itertools.repeat(error, len(rows))
-    archive = Archive(uri, found.etag, found.size_bytes, limits, columns)
+    archive = Archive(uri, found.etag, found.size_bytes, limits, columns, moved)
     if archive.kind == "zip":
         return _ranges(uri, rows, threads, _places(uri, found.etag, found.size_bytes, limits))
     return _in_one_pass(archive, rows)

@@ -4,15 +4,17 @@ import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from jobs import hints, split
+from jobs import forecast, hints, split
 from jobs.answers import Row, answer, footer_of, row_of, shard_of
 from jobs.cluster import is_cluster, local_ray
 from jobs.contract import PredictConfig
 from jobs.manifest import Shard
+from jobs.planning import PIXELS_A_BYTE
 from jobs.progress import Drain, draining
 from jobs.shard import Task
 from jobs.sink import Footer
 from jobs.worker import Worker
+from unetpp.config import ModelConfig
 from unetpp.devices import cpu_flags, has_gpu
 from unetpp.engine_names import EngineName, auto_engines
 from unetpp.errors import ConfigError, UnetppError
@@ -23,7 +25,8 @@ START_S = 900
 MAX_PER_GPU = 4
 """Actors that share a GPU unless told otherwise."""
 SILENT_STALLS = 4
-"""A run without a commit for so many stall_s is given up: longer than the three tries of a shard that hangs."""
+"""A run without a commit for so many stall_s, and as often what its largest shard may take, is given up: longer than
+the three tries of a shard that hangs."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,18 +73,20 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         from ray.data.exceptions import ExecutionTimeoutError
 
         compute, per_actor = _pool(ray, len(shards), task.config, num_cpus)
+        silent_s = _silent_s(task.config, task.network, shards)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.wait_for_min_actors_s = START_S
-        context.execution_no_progress_timeout_s = SILENT_STALLS * task.config.stall_s or -1
+        context.execution_no_progress_timeout_s = silent_s or -1
         rows = ray.data.from_items([row_of(shard) for shard in shards], override_num_blocks=len(shards))
         if task.config.topology == "split":
             found = split.answers(rows, task, compute, per_actor, _labels(task.config))
         else:
             actor: Any = ShardActor
-            found = rows.map(actor, fn_constructor_args=(task,), compute=compute, **per_actor)
+            of_actor = (task, per_actor.get("num_gpus", 1.0))
+            found = rows.map(actor, fn_constructor_args=of_actor, compute=compute, **per_actor)
         try:
             # Not iter_rows, which reads one block ahead: it holds each footer back until the next one comes.
             answers: Any
@@ -97,8 +102,8 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
             ) from error
         except ExecutionTimeoutError as error:
             raise UnetppError(
-                f"nothing of run {task.run} was committed for {SILENT_STALLS} x stall_s "
-                f"({SILENT_STALLS * task.config.stall_s:g} s): the cluster lost its workers, or a shard takes longer; "
+                f"nothing of run {task.run} was committed for {silent_s:.0f} s ({SILENT_STALLS} x stall_s, and what "
+                "its largest shard may take): the cluster lost its workers, or a shard takes longer; "
                 "the same command goes on from here, with --stall-s for more patience"
             ) from error
         except ray.exceptions.RayError as error:
@@ -109,6 +114,18 @@ def on_ray(task: Task, shards: Sequence[Shard], drain: Drain) -> Generator[Foote
         finally:
             for word in hints.words(task.hints_uri):
                 logger.warning("%s", word)
+
+
+def _silent_s(config: PredictConfig, network: ModelConfig, shards: Sequence[Shard]) -> float:
+    """How long a run may be without a commit; 0: for ever.
+
+    A shard of a compressed tar is a share of it, however large that is; its last try is on one thread of a CPU.
+    """
+    if not config.stall_s:
+        return 0.0
+    pixels = PIXELS_A_BYTE * max(shard.size_bytes for shard in shards)
+    each_s = config.stall_s + forecast.seconds_of_a_worker(config, network, pixels)
+    return SILENT_STALLS * each_s + forecast.seconds_of_a_thread(config, network, pixels)
 
 
 def _pool(ray: Any, num_shards: int, config: PredictConfig, num_cpus: int) -> tuple[Any, dict[str, Any]]:
@@ -158,8 +175,8 @@ def _labels(config: PredictConfig) -> dict[str, Any]:
 class ShardActor:
     """A Worker in an actor of Ray."""
 
-    def __init__(self, task: Task) -> None:
-        self._worker = Worker(task)
+    def __init__(self, task: Task, gpu_share: float) -> None:
+        self._worker = Worker(task, gpu_share=gpu_share)
 
     def __call__(self, row: Row) -> Row:
         """One shard, and what became of it."""

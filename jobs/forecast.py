@@ -24,6 +24,8 @@ MACS_PER_S: dict[str, float] = {
 """Of one thread of a CPU."""
 GPU_MACS_PER_S = 20e12
 """Of the engine that GPUs are given."""
+PATIENCE = 4
+"""So many times what is forecast may pass before work is taken for hanging: CPUs differ, and networks."""
 TRAVELLING_BYTES = 64 << 20
 """Of a shard's images where they are decoded in one place and predicted in another."""
 MIRRORED = 4
@@ -35,9 +37,26 @@ def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or (1 if config.backend == "ray" else cores)
     num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))
-    macs_per_s = MACS_PER_S[config.engine] * threads if config.engine in MACS_PER_S else GPU_MACS_PER_S
-    macs_per_pixel = 1000 * kmacs_per_pixel(model) * (MIRRORED if config.flips else 1)
+    macs_per_s, macs_per_pixel = _macs_per_s(config, threads), _macs_per_pixel(config, model)
     pixels, least_pixels = (int(seconds * macs_per_s / macs_per_pixel) for seconds in (SECONDS, LEAST_SECONDS))
     if config.topology == "split":
         pixels = min(pixels, TRAVELLING_BYTES // model.in_channels)
     return ShardSize(LARGEST.images, pixels, 1 / (SHARDS_LEFT * num_workers), least_pixels)
+
+
+def seconds_of_a_worker(config: PredictConfig, model: ModelConfig, pixels: float) -> float:
+    """What a worker on Ray predicts so many pixels in."""
+    return pixels * _macs_per_pixel(config, model) / _macs_per_s(config, config.threads or 1)
+
+
+def seconds_of_a_thread(config: PredictConfig, model: ModelConfig, pixels: float) -> float:
+    """What one thread of a CPU predicts them in: behind a guard, where what ended its workers is predicted."""
+    return pixels * _macs_per_pixel(config, model) / MACS_PER_S.get(config.engine, MACS_PER_S["torch"])
+
+
+def _macs_per_s(config: PredictConfig, threads: int) -> float:
+    return MACS_PER_S[config.engine] * threads if config.engine in MACS_PER_S else GPU_MACS_PER_S
+
+
+def _macs_per_pixel(config: PredictConfig, model: ModelConfig) -> float:
+    return 1000 * kmacs_per_pixel(model) * (MIRRORED if config.flips else 1)

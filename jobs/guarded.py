@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +43,8 @@ DECODER = "unetpp.images:read_image"
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 PREDICT_SECONDS = 600.0
+LOOK_S = 1.0
+"""From one look whether a child has answered to the next."""
 MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
 MAX_READINGS = 4
 """How many times its size of an image may be read for one answer."""
@@ -70,9 +73,9 @@ class Measure(NamedTuple):
 class Child:
     """One child process, started when it is first asked, and again after it died."""
 
-    def __init__(self, work: dict[str, Any], limits: Limits) -> None:
-        """`work` is told to the child: see `jobs.guarded_child`."""
-        self._work, self._limits = work, limits
+    def __init__(self, work: dict[str, Any], limits: Limits, waiting: Callable[[], None] = lambda: None) -> None:
+        """`work` is told to the child: see `jobs.guarded_child`. `waiting` is called now and then until it answers."""
+        self._work, self._limits, self._waiting = work, limits, waiting
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory = -1
@@ -85,6 +88,10 @@ class Child:
         """
         answer = self._understood(self._answer(self._begin(header, content)))
         return answer, self._pixels(answer)
+
+    def allow(self, seconds: float) -> None:
+        """From now on an answer may cost so much; the header of a question has to say so, too."""
+        self._limits = self._limits._replace(seconds=seconds)
 
     def ask_about(self, source: Ranged, header: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.generic]]:
         """As `ask`, of an image whose bytes the child asks for; what `source.read` raises is passed on."""
@@ -109,10 +116,13 @@ class Child:
 
     def _answer(self, connection: Connection) -> dict[str, Any]:
         wall_s = self._limits.seconds * WALL_FACTOR
+        deadline = time.monotonic() + wall_s
         try:
-            if not self._answers.poll(wall_s * 1000):
-                self.close()
-                raise ImageError("timeout", f"it took longer than {wall_s:g} s")
+            while not self._answers.poll(min(wall_s, LOOK_S) * 1000):
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise ImageError("timeout", f"it took longer than {wall_s:g} s")
+                self._waiting()
             content = connection.recv_bytes(MAX_ANSWER_BYTES)
         except (EOFError, OSError):
             raise self._death() from None
@@ -301,14 +311,18 @@ class GuardedPredictor:
         tile_px: int,
         seconds: float = PREDICT_SECONDS,
         *,
+        seconds_per_pixel: float = 0.0,
+        waiting: Callable[[], None] = lambda: None,
         engine: EngineChoice = "auto",
         flips: bool = False,
         probability: bool = False,
     ) -> None:
+        """An image may take `seconds` of CPU, or more by its pixels; `waiting` is called now and then meanwhile."""
         work = {"kind": "predict", "model_dir": str(model_dir), "level": level, "mode": mode, "tile_px": tile_px}
         work |= {"engine": engine, "device": "cpu", "threads": 1, "flips": flips, "probability": probability}
         self.batch_images = 1
-        self._child = Child(work, Limits(seconds))
+        self._seconds, self._seconds_per_pixel = seconds, seconds_per_pixel
+        self._child = Child(work, Limits(seconds), waiting)
 
     def predict(self, images: Sequence[Image], kept: Sequence[Box | None] | None = None) -> list[Prediction]:
         """As `Predictor.predict`; ImageError `crash` or `timeout` where an image ends the child."""
@@ -323,7 +337,9 @@ class GuardedPredictor:
 
     def _one(self, image: Image, kept: Box | None) -> Prediction:
         box = None if kept is None else [kept.y0, kept.x0, kept.y1, kept.x1]
-        header = {"shape": image.shape, "dtype": str(image.dtype), "kept": box}
+        seconds = max(self._seconds, self._seconds_per_pixel * image.shape[0] * image.shape[1])
+        self._child.allow(seconds)
+        header = {"shape": image.shape, "dtype": str(image.dtype), "kept": box, "seconds": seconds}
         answer, pixels = self._child.ask(header, np.ascontiguousarray(image).tobytes())
         planes_nHW = pixels.astype(np.uint8, copy=False)
         uncertainty, finite, degraded = answer["said"]

@@ -75,7 +75,7 @@ def predicting(model_dir: str, **how: Any) -> Work:
 
 
 def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
-    """Answer until the parent closes the socket, or is gone."""
+    """Answer until the parent closes the socket, or is gone. A header may allow itself other seconds than the work."""
     return_large_arrays()
     seconds, memory_bytes, kind = work.pop("seconds"), work.pop("memory_bytes"), work.pop("kind")
     connection = Connection(socket_fd)
@@ -105,7 +105,7 @@ def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
             content = connection.recv_bytes()
         except EOFError:
             return
-        _set_clocks(seconds)
+        _set_clocks(header.get("seconds", seconds))
         try:
             answer, pixels = do(header, content)
             answer |= {"shape": pixels.shape, "dtype": str(pixels.dtype)}

@@ -10,12 +10,13 @@ A shard's note that stays tells that its worker died over it; one that hung adds
 import contextlib
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jobs import storage
-from unetpp.errors import UnetppError
+from unetpp.errors import DeviceError, UnetppError
 
 
 class Seen(NamedTuple):
@@ -38,7 +39,7 @@ def look(hints_uri: str, call: str, shard: int) -> Seen:
 
 @contextlib.contextmanager
 def in_flight(hints_uri: str, call: str, shard: int) -> Iterator[Callable[[str], None]]:
-    """Inside the block the shard is noted as begun; only a killed process leaves the note.
+    """Inside the block the shard is noted as begun; only a killed process leaves the note, or one whose GPU broke.
 
     Yields a function that adds a word to the note, for whoever looks why.
     """
@@ -48,8 +49,9 @@ def in_flight(hints_uri: str, call: str, shard: int) -> Iterator[Callable[[str],
     try:
         yield lambda word: storage.write_bytes(uri, f"{owner}\n{word}".encode())
     finally:
-        with contextlib.suppress(UnetppError):
-            storage.delete(uri)
+        if not isinstance(sys.exception(), DeviceError):
+            with contextlib.suppress(UnetppError):
+                storage.delete(uri)
 
 
 def words(hints_uri: str) -> list[str]:

@@ -90,7 +90,8 @@ def _member(value: Any, told: Any, row: int, limits: Limits) -> Member:
 
 
 def _open(stream: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=BUFFER_BYTES)
+    # With pre_buffer, the default, a column of a row group would be read in one piece.
+    return pq.ParquetFile(pa.PythonFile(stream, mode="r"), buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def _values(

@@ -19,7 +19,9 @@ from jobs.models import fetch_model
 from jobs.sink import Footer
 from jobs.sources import columns_of, limits_of
 from unetpp.config import ModelConfig
-from unetpp.errors import ImageError
+from unetpp.devices import is_out_of_memory, share_gpu
+from unetpp.engine_names import ON_CPU_ONLY
+from unetpp.errors import ImageError, UnetppError
 from unetpp.predictor import Image, Prediction, Predictor
 from unetpp.tiles import Box
 
@@ -73,13 +75,20 @@ class Outcome(NamedTuple):
     geo: str | None = None
 
 
-def read_shard(task: Task, shard: Shard, threads: ThreadPoolExecutor, decoders: DecodePool) -> Generator[Item]:
+def read_shard(
+    task: Task,
+    shard: Shard,
+    threads: ThreadPoolExecutor,
+    decoders: DecodePool,
+    moved: Callable[[], None] = lambda: None,
+) -> Generator[Item]:
     """Fetch the shard's images side by side and decode them in turn. StorageError where the world is bad.
 
-    Of an image that is cut into windows, what the network wants for each is read by itself.
+    Of an image that is cut into windows, what the network wants for each is read by itself. `moved` is called while
+    there is no image yet: in an archive the next one may be far.
     """
     listed, config = manifest.read_rows(task.manifest_uri, shard), task.config
-    for row, content in contents(task.sources, listed, threads, limits_of(config), columns_of(config)):
+    for row, content in contents(task.sources, listed, threads, limits_of(config), columns_of(config), moved):
         if isinstance(content, ImageError):
             yield Item(row, None, content, 0.0)
             continue
@@ -142,6 +151,8 @@ def _read(
     try:
         predictions = iter(wait())
     except Exception as error:  # the guard of a row: whatever one image does, the others go on
+        if isinstance(error, UnetppError) and not isinstance(error, ImageError):
+            raise  # no image did it
         if len(batch) > 1:
             for item in batch:
                 yield from _started(predictor, [item])
@@ -179,16 +190,31 @@ def write_shard(task: Task, shard: Shard, outcomes: Iterable[Outcome], threads: 
     )
 
 
-def load_predictor(model_uri: str, config: PredictConfig, threads: int | None) -> Predictor:
-    """Fetch and load the model on the best device here. ModelError, ConfigError, StorageError as they come."""
-    return Predictor.from_pretrained(
-        fetch_model(model_uri),
-        mode=config.mode,
-        level=config.level,
-        engine=config.engine,
-        tile_px=config.tile_px,
-        threads=threads,
-        flips=config.flips,
-        bands=config.bands,
-        probability="probability" in config.write,
-    )
+def load_predictor(model_uri: str, config: PredictConfig, threads: int | None, gpu_share: float = 1.0) -> Predictor:
+    """Fetch and load the model on the best device here; of a GPU's memory it takes a share.
+
+    ModelError, ConfigError, StorageError, DeviceError as they come; UnetppError where there is no memory for it.
+    """
+    model_dir = fetch_model(model_uri)
+    try:
+        if config.engine not in ON_CPU_ONLY:
+            share_gpu(gpu_share)
+        return Predictor.from_pretrained(
+            model_dir,
+            mode=config.mode,
+            level=config.level,
+            engine=config.engine,
+            tile_px=config.tile_px,
+            threads=threads,
+            flips=config.flips,
+            bands=config.bands,
+            probability="probability" in config.write,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UnetppError(
+            f"there is no memory for the model ({str(error).splitlines()[0]}), on a GPU that {round(1 / gpu_share)} "
+            "worker(s) share: end what else uses it, or let fewer share it with --workers-per-gpu; the same command "
+            "goes on from here"
+        ) from error

@@ -10,9 +10,10 @@ import io
 import itertools
 import json
 import posixpath
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 from jobs import manifest, members, parquet_images, storage
@@ -92,17 +93,21 @@ class Listing:
     def __iter__(self) -> Iterator[Listed]:
         """List; archives are looked into side by side, a few ahead of what is asked for."""
         coming: deque[tuple[_Found, Future[list[Member]] | None]] = deque()
-        num_opened = 0
-        with ThreadPoolExecutor(ARCHIVES_AT_ONCE, thread_name_prefix="archives") as threads:
+        num_opened, ended = 0, threading.Event()
+        threads = ThreadPoolExecutor(ARCHIVES_AT_ONCE, thread_name_prefix="archives")
+        try:
             for found in itertools.chain(self._objects(), [None]):
                 while coming and (found is None or num_opened >= ARCHIVES_AT_ONCE or len(coming) >= OBJECTS_AHEAD):
                     first, inside = coming.popleft()
                     num_opened -= inside is not None
                     yield from self._loose(first) if inside is None else self._members(first, inside)
                 if found is not None:
-                    inside = threads.submit(self._look_into, found) if self._is_opened(found) else None
+                    inside = threads.submit(self._look_into, found, ended) if self._is_opened(found) else None
                     num_opened += inside is not None
                     coming.append((found, inside))
+        finally:  # whoever ends it in the middle is not to wait for whole archives
+            ended.set()
+            threads.shutdown(cancel_futures=True)
 
     def _objects(self) -> Iterator["_Found"]:
         for number, source in enumerate(self._sources):
@@ -118,8 +123,12 @@ class Listing:
     def _is_opened(self, found: "_Found") -> bool:
         return members.kind_of(found.key) is not None and bool(found.etag) and not self._is_excluded(found.key)
 
-    def _look_into(self, found: "_Found") -> list[Member]:
-        archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns)
+    def _look_into(self, found: "_Found", ended: threading.Event) -> list[Member]:
+        def go_on() -> None:
+            if ended.is_set():
+                raise CancelledError
+
+        archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns, go_on)
         try:
             return archive.members(self._indexes_uri)
         except ImageError as error:

@@ -35,10 +35,11 @@ def answers(rows: Any, task: Task, engines: Any, per_engine: dict[str, Any], oth
         object_store_memory=OBJECT_STORE_BYTES
     )
     actor: Any = Engine
+    of_engine = (task, per_engine.get("num_gpus", 1.0))
     alone = {"num_cpus": 1, **others}
     read_rows = rows.map(read, fn_args=(task,), **alone)
     # Ray makes one stage of two that need the same: a byte of memory tells these apart.
-    predicted = read_rows.map(actor, fn_constructor_args=(task,), compute=engines, memory=1, **per_engine)
+    predicted = read_rows.map(actor, fn_constructor_args=of_engine, compute=engines, memory=1, **per_engine)
     return predicted.map(write, fn_args=(task,), **alone)
 
 
@@ -54,8 +55,8 @@ def read(row: Row, task: Task) -> Row:
 class Engine:
     """An actor that predicts."""
 
-    def __init__(self, task: Task) -> None:
-        self._worker = Worker(task)
+    def __init__(self, task: Task, gpu_share: float) -> None:
+        self._worker = Worker(task, gpu_share=gpu_share)
 
     def __call__(self, row: Row) -> Row:
         """The masks of a shard's images."""

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,25 +156,26 @@ def read_range(uri: str | Path, start: int, stop: int, etag: str | None = None) 
 class _Stored(ReadFile):
     """An object as a file: every read is a range of it, retried by itself."""
 
-    def __init__(self, uri: str, etag: str, size_bytes: int) -> None:
+    def __init__(self, uri: str, etag: str, size_bytes: int, moved: Callable[[], None]) -> None:
         super().__init__(size_bytes)
-        self._uri, self._etag = uri, etag
+        self._uri, self._etag, self._moved = uri, etag, moved
 
     def bytes_at(self, start: int, stop: int) -> bytes:
+        self._moved()
         return read_range(self._uri, start, stop, self._etag)
 
 
-def open_file(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+def open_file(uri: str | Path, etag: str, size_bytes: int, moved: Callable[[], None] = lambda: None) -> BinaryIO:
     """The object, of that version, as a file of which what is read is what is asked for, a request each time.
 
-    What fails is asked for again. Reads raise what `read_bytes` raises.
+    What fails is asked for again. `moved` is called before every request. Reads raise what it, and `read_bytes`, raise.
     """
-    return cast(BinaryIO, _Stored(_object(uri), etag, size_bytes))
+    return cast(BinaryIO, _Stored(_object(uri), etag, size_bytes, moved))
 
 
-def open_stream(uri: str | Path, etag: str, size_bytes: int) -> BinaryIO:
+def open_stream(uri: str | Path, etag: str, size_bytes: int, moved: Callable[[], None] = lambda: None) -> BinaryIO:
     """As `open_file`, to be read on and on: CHUNK_BYTES at a time."""
-    return io.BufferedReader(_Stored(_object(uri), etag, size_bytes), CHUNK_BYTES)
+    return io.BufferedReader(_Stored(_object(uri), etag, size_bytes, moved), CHUNK_BYTES)
 
 
 def read_json(uri: str | Path) -> Any:

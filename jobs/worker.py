@@ -20,7 +20,7 @@ from typing import Self
 
 import pyarrow.parquet as pq
 
-from jobs import hints, models, sink, storage
+from jobs import forecast, hints, models, sink, storage
 from jobs.ahead import Ahead
 from jobs.contract import WALL_FACTOR, ExitCode
 from jobs.guarded import PREDICT_SECONDS, DecodePool, GuardedPredictor
@@ -29,7 +29,7 @@ from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_
 from jobs.sink import Footer
 from jobs.watchdog import Watch, watching
 from unetpp.allocator import return_large_arrays
-from unetpp.errors import UnetppError
+from unetpp.errors import DeviceError, UnetppError
 from unetpp.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,10 @@ MAX_TRIES_OF_CALL = 8
 class Worker:
     """Takes shards, one after the other, through the three functions. Loads the model at the first."""
 
-    def __init__(self, task: Task, predictor: Predictor | None = None) -> None:
+    def __init__(self, task: Task, predictor: Predictor | None = None, gpu_share: float = 1.0) -> None:
+        """`gpu_share` of a GPU's memory is the model's, where it is loaded here."""
         return_large_arrays()
-        self.task = task
+        self.task, self._gpu_share = task, gpu_share
         self._reading, self._writing = storage.io_threads(), storage.io_threads()
         if predictor is not None:
             self.predictor = predictor
@@ -56,7 +57,7 @@ class Worker:
     def predictor(self) -> Predictor:
         """The task's model. ModelError where the folder holds another one by now."""
         task = self.task
-        predictor = load_predictor(task.model_uri, task.config, task.threads)
+        predictor = load_predictor(task.model_uri, task.config, task.threads, self._gpu_share)
         models.refuse_another(
             task.model_uri, predictor.digest, task.run, task.model_digest, "start again to open a new run"
         )
@@ -73,9 +74,9 @@ class Worker:
         """
         if not isinstance(seen := self._look(shard), hints.Seen):
             return seen
-        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries, watch) as predictor:
             self.predictor.on_forward = watch.sign
-            images = read_shard(self.task, shard, self._reading, self._decoders)
+            images = read_shard(self.task, shard, self._reading, self._decoders, watch.sign)
             with Ahead(images, _num_bytes, AHEAD_BYTES, name="read") as ahead:
                 items = watch.through("read", ahead)
                 outcomes = watch.through("predict", predict_shard(predictor, items))
@@ -86,13 +87,14 @@ class Worker:
         if not isinstance(seen := self._look(shard), hints.Seen):
             return seen
         with self._begun(shard) as watch:
-            return list(watch.through("read", read_shard(self.task, shard, self._reading, self._decoders)))
+            images = read_shard(self.task, shard, self._reading, self._decoders, watch.sign)
+            return list(watch.through("read", images))
 
     def predict(self, shard: Shard, items: list[Item]) -> list[Outcome]:
         """The second part of a call alone."""
         seen = hints.look(self.task.hints_uri, self.task.call, shard.number)
         self._refuse_deadly(shard, seen)
-        with self._begun(shard) as watch, self._predictor_after(seen.num_tries) as predictor:
+        with self._begun(shard) as watch, self._predictor_after(seen.num_tries, watch) as predictor:
             self.predictor.on_forward = watch.sign
             return list(watch.through("predict", predict_shard(predictor, items)))
 
@@ -125,12 +127,21 @@ class Worker:
             hints.in_flight(task.hints_uri, task.call, shard.number) as leave_word,
             watching(task.config.stall_s, lambda watch: self._give_up(shard, watch, leave_word)) as watch,
         ):
-            yield watch
+            try:
+                yield watch
+            except DeviceError as error:
+                if task.config.backend == "ray":  # which starts another process; inline there is none but this
+                    self._end(f"shard {shard.number}: {error}", leave_word)
+                raise
 
     def _give_up(self, shard: Shard, watch: Watch, leave_word: Callable[[str], None]) -> None:
         """End this process, which hangs: its shard is tried again, and in the end image by image behind a guard."""
         word = f"shard {shard.number}: nothing moved for {watch.still_s:.0f} s in stage {watch.stage}"
         word += f", after image {watch.key!r}" if watch.key else ""
+        self._end(word, leave_word)
+
+    def _end(self, word: str, leave_word: Callable[[str], None]) -> None:
+        """End this process, with a word why: its shard is as unfinished as that of one that was killed."""
         logger.error("%s; its worker is ended", word)
         telling = threading.Thread(target=leave_word, args=(f"{word}; its worker was ended",), daemon=True)
         telling.start()
@@ -138,7 +149,7 @@ class Worker:
         os._exit(ExitCode.INTERRUPTED)
 
     @contextmanager
-    def _predictor_after(self, num_tries: int) -> Iterator[Predictor | GuardedPredictor]:
+    def _predictor_after(self, num_tries: int, watch: Watch) -> Iterator[Predictor | GuardedPredictor]:
         """The predictor for a shard that was begun and not ended `num_tries` times: in the end one that may die."""
         if num_tries < MAX_TRIES:
             yield self.predictor
@@ -146,13 +157,15 @@ class Worker:
         config = self.task.config
         logger.warning("a shard ended its worker %d times: each image is predicted in a process of its own", num_tries)
         model_dir = models.fetch_model(self.task.model_uri)
-        seconds = config.stall_s / (WALL_FACTOR + 1)  # so that the guard gives up before the watchdog does
+        seconds = config.stall_s / (WALL_FACTOR + 1)  # and more for a large image
         with GuardedPredictor(
             model_dir,
             self.task.network.level,
             config.mode,
             config.tile_px,
             seconds or PREDICT_SECONDS,
+            seconds_per_pixel=forecast.PATIENCE * forecast.seconds_of_a_thread(config, self.task.network, 1),
+            waiting=watch.sign,
             engine=config.engine,
             flips=config.flips,
             probability="probability" in config.write,

@@ -8,6 +8,7 @@ UnetppError                  arguments are data, the text is made in __str__: su
 |- TransientError            the same call may succeed   -> retried by one owner only         exit 20 once given up
 |- BreakerError              too many images are bad   -> the run stops, resumable           exit 5
 |- AbandonedError            another call took over    -> this one stops                     exit 4
+|- DeviceError               the GPU is broken         -> the process ends, another goes on  exit 1
 |- StorageError              the store is out of order   -> the run stops, resumable           exit 20
 `- JobError                  a job ended badly           -> the flow fails, with job id and log tail
 ```
@@ -64,6 +65,13 @@ class BreakerError(UnetppError):
 
 class AbandonedError(UnetppError):
     """The run was given up by a call with other settings, which took over what it had not done."""
+
+
+class DeviceError(UnetppError):
+    """The GPU computes nothing more for this process, whatever it is given.
+
+    No image is to blame, so none becomes a failed row: the process ends, and another one takes over what it had begun.
+    """
 
 
 class StorageError(UnetppError):

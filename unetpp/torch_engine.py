@@ -12,6 +12,7 @@ from torch import Tensor
 from unetpp.allocator import keep_freed_memory
 from unetpp.checkpoint import arrays_of, model_of
 from unetpp.config import ModelConfig
+from unetpp.devices import is_out_of_memory
 from unetpp.engines import MIRRORS, Engine, Masks, Mode, Pixels, TileStats, levels_read, value_range
 from unetpp.model import UNetPlusPlus
 from unetpp.weights import folded
@@ -137,12 +138,11 @@ class ReferenceEngine(Engine):
         return lambda: self._in_memory(read, shape)
 
     def _in_memory(self, work: Callable[[], Result], shape: tuple[int, ...]) -> Result:
-        """The result of work on tiles, or MemoryError."""
+        """The result of work on tiles. MemoryError, or DeviceError where the GPU is broken."""
         try:
             return work()
         except RuntimeError as error:
-            # The GPU's error has a type; the CPU allocator's is a RuntimeError like any other.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
         # Outside of the except block nothing holds on to the failed forward's tensors.
         self._free()

@@ -90,6 +90,12 @@ def hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _harm(monkeypatch, tmp_path, "time.sleep(1e6)")
 
 
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In programs started from here what computes is broken by images that are POISON all over, as a GPU may be."""
+    _harm(monkeypatch, tmp_path, "from unetpp.errors import DeviceError; raise DeviceError('illegal memory access')")
+
+
 def _harm(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deed: str, condition: str = f"(tiles_BHWC == {POISON}).all()"
 ) -> None:
@@ -169,6 +175,33 @@ def test_an_image_that_hangs_its_worker_every_time_becomes_a_row(
     assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "timeout"})
     assert "in stage predict, after image '13-poison.png'; its worker was ended" in err
     assert "shard 3: nothing moved for" in err
+
+
+@TOPOLOGIES
+def test_an_image_that_breaks_the_gpu_every_time_becomes_a_row(
+    topology: str, words, masks, breaking: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((40, 40, 3), POISON, np.uint8)).save(many_images / "13-poison.png")
+    process = run_unetpp(*words, "--topology", topology)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == ExitCode.DONE_WITH_FAILED_IMAGES, err
+    keys = {*masks, "13-poison.png"}
+    assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "crash"})
+    assert "shard 3: illegal memory access; its worker was ended" in err
+
+
+def test_a_gpu_that_breaks_ends_a_run_in_one_process(
+    words, masks, breaking: None, run_unetpp, model_digest: str, many_images: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((40, 40, 3), POISON, np.uint8)).save(many_images / "13-poison.png")
+    ends = []
+    for _ in range(3):
+        process = run_unetpp(*words, "--backend", "inline")
+        _, err = process.communicate(timeout=240)
+        ends.append((process.returncode, "illegal memory access" in err))
+    assert ends == [(ExitCode.OTHER, True), (ExitCode.OTHER, True), (ExitCode.DONE_WITH_FAILED_IMAGES, False)]
+    keys = {*masks, "13-poison.png"}
+    assert_complete(str(tmp_path / "out"), model_digest, keys, masks=masks, failed={"13-poison.png": "crash"})
 
 
 @pytest.mark.parametrize("backend", ["inline", "ray"])

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import tarfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import archives, members, predict, sources, storage
+from jobs import archives, guarded, members, predict, sources, storage
 from jobs.contract import PredictConfig, PredictResult
 from jobs.manifest import Listed, ManifestRow
 from jobs.parquet_images import Columns
 from jobs.sources import Listing, Source
 from jobs.table import read_masks
+from jobs.worker import Worker
 from unetpp.errors import ConfigError, ImageError
 
 LIMITS = members.Limits(10_000, 64 << 20, 200.0)
@@ -83,12 +86,17 @@ def listed(place: str, **options: Any) -> list[Listed]:
     return list(Listing(found, config, storage.join(f"{place}-out", "indexes")))
 
 
-def read(place: str, found: list[Listed], columns: Columns = Columns()) -> list[bytes | ImageError]:  # noqa: B008
+def read(
+    place: str,
+    found: list[Listed],
+    columns: Columns = Columns(),  # noqa: B008
+    moved: Callable[[], None] = lambda: None,
+) -> list[bytes | ImageError]:
     """The contents of what was listed."""
     zeros = dict.fromkeys(ManifestRow._fields, 0)
     rows = [ManifestRow(**{**zeros, **one._asdict()}) for one in found]
     with ThreadPoolExecutor(4) as threads:
-        return [content for _, content in archives.contents([place], rows, threads, LIMITS, columns)]
+        return [content for _, content in archives.contents([place], rows, threads, LIMITS, columns, moved)]
 
 
 @pytest.fixture
@@ -258,6 +266,30 @@ def test_an_archive_that_is_replaced_or_deleted_after_the_listing_is_known(place
     assert {content.code for content in read(place, found)} == {"gone"}
 
 
+def test_whoever_stops_a_listing_does_not_wait_for_whole_archives(
+    images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar.gz").write_bytes(PACKED["x.tar.gz"](images))
+    packed = tar_of({"a.png": np.random.default_rng(0).bytes(8 << 20)}, "w:gz")
+    for number in range(1, 6):
+        (tmp_path / "in" / f"{number}.tar.gz").write_bytes(packed)
+    read_range = storage.read_range
+
+    def slow(*what: Any) -> bytes:
+        time.sleep(0.2)
+        return read_range(*what)
+
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(storage, "read_range", slow)
+    config = PredictConfig(model="m", input=(f"{tmp_path}/in",), output="o")
+    found = iter(Listing(sources.resolve(config.input, f"{tmp_path}/out"), config, f"{tmp_path}/indexes"))
+    assert next(found).key == "0.tar.gz#00.png"
+    started = time.monotonic()
+    found.close()
+    assert time.monotonic() - started < 10  # of 25 s an archive
+
+
 # ------------------------------------------------------------------------------------------------ forms
 
 
@@ -335,6 +367,44 @@ def test_a_compressed_tar_is_read_by_few_shards(segment, tmp_path: Path) -> None
     assert result.num_listed == 120
     record = storage.read_json(f"{tmp_path}/out/runs/r00001/run.json")
     assert record["num_shards"] == 15
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.zst", "x.parquet"])
+def test_whoever_watches_sees_that_an_archive_is_read_to_a_far_image(place: str, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr("jobs.parquet_images.BUFFER_BYTES", 64 << 10)
+    noise = np.random.default_rng(0)
+    files = {f"{number:02d}.png": noise.bytes(100_000) for number in range(20)}
+    if name == "x.parquet":  # one row group of many pages
+        packed = parquet_of(files, use_dictionary=False, data_page_size=64 << 10, write_batch_size=1)
+    else:
+        packed = PACKED[name](files)
+    storage.write_bytes(f"{place}/{name}", packed)
+    found = listed(place)
+    signs: list[int] = []
+    assert read(place, found[-1:], moved=lambda: signs.append(1)) == [files["19.png"]]
+    assert len(signs) > 20
+
+
+def test_a_worker_that_reads_to_a_far_image_is_not_taken_for_one_that_hangs(
+    segment, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    (tmp_path / "in" / "x.tar.gz").write_bytes(tar_of({"noise": noise, "a.png": images["z.png"]}, "w:gz"))
+    read_range, given_up = storage.read_range, []
+
+    def slow(*what: Any) -> bytes:
+        if threading.current_thread().name == "read":
+            time.sleep(0.5)
+        return read_range(*what)
+
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(storage, "read_range", slow)
+    monkeypatch.setattr(guarded, "WALL_FACTOR", 100)  # its decoder may start slowly
+    monkeypatch.setattr(Worker, "_give_up", lambda worker, shard, watch, leave_word: given_up.append(watch.still_s))
+    result = segment(f"{tmp_path}/out", f"{tmp_path}/in", include=["*.png"], stall_s=4, decode_seconds=0.7)
+    assert (result.num_predicted, given_up) == (1, [])
 
 
 # ------------------------------------------------------------------------------------------------ manifests

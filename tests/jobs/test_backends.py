@@ -6,6 +6,8 @@ import pytest
 
 from jobs import backends
 from jobs.contract import PredictConfig
+from jobs.manifest import Shard
+from unetpp.config import ModelConfig
 
 
 class FakeRay:
@@ -63,3 +65,15 @@ def test_as_many_actors_as_share_a_gpu_fit_into_it() -> None:
         units = round(per_actor["num_gpus"] * 10_000)
         assert units / 10_000 == per_actor["num_gpus"]
         assert units * sharing <= 10_000 < units * (sharing + 1)
+
+
+@pytest.mark.parametrize(("engine", "gib", "hours"), [("openvino", 0, 2), ("openvino", 6, 24), ("compiled", 6, 6)])
+def test_a_run_is_not_given_up_while_a_shard_of_a_huge_archive_is_predicted(
+    engine: Any, gib: int, hours: float
+) -> None:
+    config = PredictConfig(model="m", input=("i",), output="o", engine=engine)
+    shards = [Shard(0, 0, 1, 1000), Shard(1, 1, 2, gib << 30)]
+    assert backends._silent_s(config, ModelConfig(), shards) / 3600 > hours
+    assert backends._silent_s(config.model_copy(update={"stall_s": 0}), ModelConfig(), shards) == 0
+    small = backends._silent_s(config, ModelConfig(), shards[:1])
+    assert small == pytest.approx(backends.SILENT_STALLS * config.stall_s, rel=0.01)

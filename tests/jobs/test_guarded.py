@@ -145,3 +145,26 @@ def test_a_guarded_prediction_is_the_prediction(tiny_model: Path) -> None:
         for one, other in zip(seen, wanted, strict=True):
             np.testing.assert_array_equal(one.mask_HW, other.mask_HW)
             assert one.uncertainty == pytest.approx(other.uncertainty, abs=1e-6)
+
+
+def test_a_large_image_may_take_longer_and_is_seen_to_be_worked_on(tiny_model: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
+    with (
+        GuardedPredictor(tiny_model, 2, "accurate", 64, 0.1, flips=True) as predictor,
+        pytest.raises(ImageError, match="timeout: it took longer than"),
+    ):
+        predictor.predict([image])
+    signs: list[float] = []
+    with GuardedPredictor(
+        tiny_model,
+        2,
+        "accurate",
+        64,
+        0.1,
+        seconds_per_pixel=300 / image.size,
+        waiting=lambda: signs.append(time.monotonic()),
+        flips=True,
+    ) as predictor:
+        (seen,) = predictor.predict([image])
+    assert seen.mask_HW.shape == image.shape[:2]
+    assert signs

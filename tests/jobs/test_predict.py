@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import backends, manifest, predict, storage
+from jobs import backends, forecast, manifest, predict, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
-from jobs.guarded import DecodePool
+from jobs.guarded import Child, DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
@@ -35,9 +35,20 @@ from jobs.worker import Worker
 from tests.cpu import needs_bf16
 from unetpp.config import ModelConfig
 from unetpp.engines import Engine, TileStats
-from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
+from unetpp.errors import (
+    AbandonedError,
+    BreakerError,
+    ConfigError,
+    DeviceError,
+    ImageError,
+    ModelError,
+    StorageError,
+    UnetppError,
+)
 from unetpp.images import decode_image, decode_mask
+from unetpp.openvino_engine import OpenVINOEngine
 from unetpp.predictor import Predictor
+from unetpp.torch_engine import TorchEngine
 
 NUM_IMAGES = 12  # of the archive
 
@@ -302,6 +313,52 @@ def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: P
 
 
 # ------------------------------------------------------------------------------------------------ a bad world
+
+
+def test_behind_the_guard_a_large_image_may_take_longer(segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow, allowed = Child.allow, []
+
+    def noting(child: Child, seconds: float) -> None:
+        allowed.append(seconds)
+        allow(child, seconds)
+
+    monkeypatch.setattr(Child, "allow", noting)
+    monkeypatch.setattr("jobs.worker.MAX_TRIES", 0)
+    monkeypatch.setitem(forecast.MACS_PER_S, "openvino", 5e4)
+    assert segment().num_predicted == NUM_IMAGES
+    assert min(allowed) == 300 < max(allowed)
+
+
+def test_a_model_that_finds_no_memory_says_how_many_share_the_gpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(TorchEngine, "_prepared", full)
+    config = PredictConfig(model=str(tiny_model), input=("images",), output="out", engine="torch")
+    with pytest.raises(UnetppError, match=r"\(CUDA error: out of memory\), .* 4 worker\(s\) .* --workers-per-gpu;"):
+        load_predictor(config.model, config, 1, gpu_share=0.25)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_broken_gpu_stops_the_run_and_makes_no_rows(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise DeviceError("the GPU computes nothing more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenVINOEngine, "__call__", broken)
+        patch.setattr(Predictor, "batch_images", at_once)
+        with pytest.raises(DeviceError):
+            segment(result=str(tmp_path / "result.json"))
+    failed = json.loads((tmp_path / "result.json").read_text())
+    assert (failed["status"], failed["exit_code"], failed["num_failed"]) == ("failed", ExitCode.OTHER, 0)
+    notes = (tmp_path / "out" / "runs" / "r00001" / "hints").glob("shard-*")
+    assert len(list(notes)) == 1  # as of a worker that was killed
+    result = segment()
+    assert (result.runs, result.num_predicted, result.exit_code) == (("r00001",), NUM_IMAGES, 0)
 
 
 def test_a_store_that_refuses_stops_the_run_and_a_rerun_resumes_it(segment, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from unetpp.compiled_engine import CompiledEngine
 from unetpp.config import ModelConfig
 from unetpp.devices import cpu_flags
 from unetpp.engine_names import PRECISION, auto_engines
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, DeviceError
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import load_engine
 from unetpp.torch_engine import ReferenceEngine, TorchEngine
@@ -93,6 +93,9 @@ def test_other_pixels_are_refused(name: str) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     ],
 )
@@ -114,6 +117,25 @@ def test_what_torch_says_of_memory_is_a_memory_error(error: Exception) -> None:
     read = Late(network(level=1), "fast").start(tiles(), CORE)
     with pytest.raises(MemoryError, match="tiles of shape"):
         read()
+
+
+def test_a_broken_gpu_is_told_from_an_image_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for ...")
+
+    def fails(*_: object) -> Any:
+        raise error
+
+    class Failing(ReferenceEngine):
+        _decided = fails
+
+    failing = Failing(network(level=1), "fast")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(torch.AcceleratorError):
+        failing(tiles(), CORE)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(DeviceError, match=r"nothing more for this process .*an illegal memory access was"):
+        failing(tiles(), CORE)
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "openvino"])
@@ -164,6 +186,18 @@ def test_cpu_flags_are_those_that_linux_tells_and_onednn_is_allowed(
     assert cpu_flags() == {"fpu", "sse2", *(["amx_bf16"] if has_amx else [])}
     monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "absent")
     assert cpu_flags() == frozenset()
+
+
+@pytest.mark.parametrize(("share", "gib", "told"), [(0.25, 80, [0.240625]), (0.25, 2, [0.125]), (1.0, 80, [])])
+def test_those_who_share_a_gpu_leave_each_other_memory(
+    share: float, gib: int, told: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gib << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", seen.append)
+    devices.share_gpu(share)
+    assert seen == told
 
 
 def test_bf16_masks_are_the_references_but_for_undecided_pixels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,16 @@ import pickle
 
 import pytest
 
-from unetpp.errors import ConfigError, ImageError, JobError, ModelError, StorageError, TransientError, UnetppError
+from unetpp.errors import (
+    ConfigError,
+    DeviceError,
+    ImageError,
+    JobError,
+    ModelError,
+    StorageError,
+    TransientError,
+    UnetppError,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,6 +23,7 @@ from unetpp.errors import ConfigError, ImageError, JobError, ModelError, Storage
         ConfigError("seen, wanted"),
         ModelError("seen, wanted"),
         TransientError("seen, wanted"),
+        DeviceError("seen, wanted"),
         StorageError("seen, wanted"),
         ImageError("decode", "cut short"),
         JobError("train", 11, "last line"),
