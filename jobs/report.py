@@ -47,6 +47,7 @@ MEANINGS = {
     "gone": "deleted between listing and reading; tried again by the next run",
     "changed": "replaced between listing and reading; tried again by the next run",
     "integrity": "arrived with a wrong checksum; tried again by the next run",
+    "unreadable": "its store has it and does not give it; tried again by the next run",
     "crash": "predicting it failed; tried again by the next run",
     "timeout": "took too long; tried again by the next run",
 }

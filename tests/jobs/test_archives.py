@@ -22,6 +22,7 @@ from jobs.manifest import Listed, ManifestRow
 from jobs.parquet_images import Columns
 from jobs.sources import Listing, Source
 from jobs.table import read_masks
+from tests.faults.proxy import FaultProxy, Rule, answer
 from unetpp.errors import ConfigError, ImageError
 
 LIMITS = members.Limits(10_000, 64 << 20, 200.0)
@@ -256,6 +257,26 @@ def test_an_archive_that_is_replaced_or_deleted_after_the_listing_is_known(place
     for name in PACKED:
         storage.delete(f"{place}/{name}")
     assert {content.code for content in read(place, found)} == {"gone"}
+
+
+def test_an_archive_whose_bytes_are_refused_is_rows_when_listed_and_when_read(
+    s3_prefix: str, images, counting_proxy: FaultProxy
+) -> None:
+    for name, pack in PACKED.items():
+        storage.write_bytes(f"{s3_prefix}/{name}", pack(images))
+    refuse = Rule("GET", r"/x\.", answer(403, "InvalidObjectState"))
+    counting_proxy.rules = [refuse]
+    refused = listed(s3_prefix)
+    assert [(one.key, one.etag.split(":")[:2]) for one in refused] == [
+        (name, ["refused", "unreadable"]) for name in sorted(PACKED)
+    ]
+    assert {content.code for content in read(s3_prefix, refused)} == {"unreadable"}
+    counting_proxy.rules = []
+    found = listed(s3_prefix)
+    counting_proxy.rules = [refuse]
+    contents = read(s3_prefix, found)
+    assert len(contents) == len(PACKED) * len(images)
+    assert {content.code for content in contents} == {"unreadable"}
 
 
 # ------------------------------------------------------------------------------------------------ forms

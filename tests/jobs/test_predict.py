@@ -247,6 +247,15 @@ def test_images_that_vanish_after_the_listing_are_tried_again_next_time(segment,
     assert {row["key"]: row["attempts"] for row in _rows(second)}["a.png"] == 2
 
 
+def test_a_file_that_cannot_be_read_is_tried_again_and_holds_up_nothing(segment, images: Path) -> None:
+    (images / "locked.png").symlink_to("/proc/self/mem")
+    first = segment()
+    assert (first.num_predicted, first.failures, first.exit_code) == (NUM_IMAGES, {"unreadable": 1}, 3)
+    shutil.copy(images / "a.png", images / "new.png")
+    second = segment()
+    assert (second.runs, second.num_predicted, second.failures) == (("r00002",), 1, {"unreadable": 1})
+
+
 class FailingEngine(Engine):
     """An engine that breaks on images with a certain value, as a driver or an allocator might."""
 
@@ -639,13 +648,17 @@ def test_a_store_that_overwrites_is_refused_unless_told(
     assert json.loads((tmp_path / "out" / "runs" / "r00001" / "run.json").read_text())["config"]["single_writer"]
 
 
-def test_a_run_in_which_most_images_fail_stops(segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", ["decode", "unreadable"])
+def test_a_run_in_which_most_images_fail_stops(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
     monkeypatch.setattr("jobs.progress.BREAKER_IMAGES", 10)
     bad = tmp_path / "bad"
     bad.mkdir()
     for number in range(30):
-        (bad / f"{number:02d}.png").write_bytes(b"<html>")
-    with pytest.raises(BreakerError, match=r"10 of 10 images failed \(decode 10\), more than max_failed_share 0\.5"):
+        bad_image = bad / f"{number:02d}.png"
+        bad_image.write_bytes(b"<html>") if code == "decode" else bad_image.symlink_to("/proc/self/mem")
+    with pytest.raises(BreakerError, match=rf"10 of 10 images failed \({code} 10\), more than max_failed_share 0\.5"):
         segment(input=str(bad), result=str(tmp_path / "result.json"))
     stopped = PredictResult.model_validate_json((tmp_path / "result.json").read_text())
     assert (stopped.status, stopped.exit_code, stopped.num_failed) == ("failed", ExitCode.BREAKER, 10)
