@@ -58,7 +58,7 @@ def read(calls: Calls, uri: str, etag: str | None, span: tuple[int, int] | None 
                 raise FileNotFoundError(f"there is no object {uri}") from None
             raise ImageError("gone", f"{uri} was deleted after it was listed") from None
         raise calls.error(uri, refused) from refused.__cause__
-    except (FlexibleChecksumError, Corrupt) as error:
+    except (FlexibleChecksumError, Damaged, Corrupt) as error:
         if etag is None:
             raise StorageError(f"{uri} arrives damaged again and again: {error}") from None
         raise ImageError("integrity", f"{uri} arrives damaged again and again: {error}") from None

@@ -604,6 +604,19 @@ def test_a_body_that_is_not_what_was_stored_is_asked_for_again(flaky_server) -> 
     assert caught.value.code == "integrity"
 
 
+def test_a_body_that_stays_damaged_until_the_time_is_up_is_the_objects_fault_too(
+    flaky_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.s3_calls.RETRY_SECONDS", 0.1)
+    flaky_server.last = (
+        b'HTTP/1.1 200 OK\r\nETag: "9a0364b9e99bb480dd25e1f0284c8555"\r\nContent-Length: 7\r\n\r\ncontenT'
+    )
+    with pytest.raises(ImageError, match=r"integrity: .*damaged again and again"):
+        storage.read_bytes("s3://bucket/a", "9a0364b9e99bb480dd25e1f0284c8555")
+    with pytest.raises(StorageError, match="damaged again and again"):
+        storage.read_bytes("s3://bucket/a")
+
+
 @pytest.mark.parametrize(
     "header", [b"x-amz-server-side-encryption: aws:kms", b"x-amz-server-side-encryption-customer-algorithm: AES256"]
 )
