@@ -19,7 +19,7 @@ from jobs.models import fetch_model
 from jobs.sink import Footer
 from jobs.sources import columns_of, limits_of
 from unetpp.config import ModelConfig
-from unetpp.errors import ImageError
+from unetpp.errors import ImageError, UnetppError
 from unetpp.predictor import Image, Prediction, Predictor
 from unetpp.tiles import Box
 
@@ -142,6 +142,8 @@ def _read(
     try:
         predictions = iter(wait())
     except Exception as error:  # the guard of a row: whatever one image does, the others go on
+        if isinstance(error, UnetppError) and not isinstance(error, ImageError):
+            raise  # no image did it
         if len(batch) > 1:
             for item in batch:
                 yield from _started(predictor, [item])

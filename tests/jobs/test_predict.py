@@ -33,10 +33,12 @@ from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from jobs.worker import Worker
 from tests.cpu import needs_bf16
+from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.engines import Engine, TileStats
 from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
 from unetpp.images import decode_image, decode_mask
+from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor
 
 NUM_IMAGES = 12  # of the archive
@@ -291,6 +293,24 @@ def test_what_breaks_on_one_image_does_not_break_its_batch() -> None:
     ]
     masks = [outcome.prediction.mask_HW.max() for outcome in outcomes if outcome.prediction]
     assert masks == [0, 1, 0]
+
+
+def test_what_no_image_did_ends_the_shard() -> None:
+    class Misconfigured(FailingEngine):
+        def __call__(self, tiles_BHWC: Any, core: tuple[slice, slice]) -> tuple[Any, list[TileStats]]:
+            raise ConfigError("nothing can be computed like this")
+
+    predictor = Predictor(Misconfigured(), ModelConfig(level=1, in_channels=1), digest="d")
+    row = ManifestRow(0, 0, "a.png", "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None)
+    with pytest.raises(ConfigError, match="like this"):
+        list(predict_shard(predictor, [Item(row, np.zeros((8, 8, 1), np.uint8), None, 0.0)] * 2))
+
+
+def test_tiles_that_do_not_fit_the_model_are_refused_before_a_run_is_opened(segment, tmp_path: Path) -> None:
+    save_pretrained(UNetPlusPlus(ModelConfig(level=1, filters=(4, 6), pad_multiple=32)), tmp_path / "model")
+    with pytest.raises(ConfigError, match="tile_px is 528, but this model pads images to multiples of 32"):
+        segment(model=str(tmp_path / "model"), tile_px=528)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: Path, tmp_path: Path) -> None:
