@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import backends, manifest, predict, storage
+from jobs import backends, manifest, predict, rows, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Outcome, Task, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
@@ -39,7 +41,7 @@ from unetpp.engines import Engine, TileStats
 from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
 from unetpp.images import decode_image, decode_mask
 from unetpp.model import UNetPlusPlus
-from unetpp.predictor import Predictor
+from unetpp.predictor import Prediction, Predictor
 
 NUM_IMAGES = 12  # of the archive
 
@@ -345,6 +347,25 @@ def test_a_store_that_refuses_stops_the_run_and_a_rerun_resumes_it(segment, tmp_
     (out / "png").unlink()
     result = segment()
     assert (result.runs, result.num_predicted, result.exit_code) == (("r00001",), NUM_IMAGES, 0)
+
+
+def test_a_store_that_refuses_is_noticed_while_the_shard_is_predicted(segment, tmp_path: Path, flaky_server) -> None:
+    task, _ = _task(_open_a_run(segment, tmp_path), tmp_path)
+    flaky_server.last = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    num_queued, made = 400, []
+
+    def outcomes() -> Iterator[Outcome]:
+        for number in range(num_queued + 100):
+            if number > num_queued:  # the others are on their way before the first is refused
+                time.sleep(0.05)
+            made.append(number)
+            row = ManifestRow(0, 0, f"{number}.png", "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None)
+            yield Outcome(row, Prediction(np.zeros((8, 8), np.uint8), 0.0, True), None, 0.0)
+
+    with ThreadPoolExecutor(1) as threads, pytest.raises(StorageError, match="forbids access"):
+        rows.written(replace(task, output_uri="s3://bucket/out"), outcomes(), threads)
+    assert len(made) < num_queued + 100
+    assert len(flaky_server.requests) < num_queued
 
 
 def test_a_part_is_never_taken_from_another_run(segment, tmp_path: Path) -> None:
