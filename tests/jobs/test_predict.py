@@ -38,7 +38,15 @@ from tests.cpu import needs_bf16
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.engines import Engine, TileStats
-from unetpp.errors import AbandonedError, BreakerError, ConfigError, ImageError, ModelError, StorageError
+from unetpp.errors import (
+    AbandonedError,
+    BreakerError,
+    ConfigError,
+    ImageError,
+    ModelError,
+    StorageError,
+    UnetppError,
+)
 from unetpp.images import decode_image, decode_mask
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Prediction, Predictor
@@ -366,6 +374,17 @@ def test_a_store_that_refuses_is_noticed_while_the_shard_is_predicted(segment, t
         rows.written(replace(task, output_uri="s3://bucket/out"), outcomes(), threads)
     assert len(made) < num_queued + 100
     assert len(flaky_server.requests) < num_queued
+
+
+def test_a_decoder_that_cannot_start_ends_the_run_and_makes_no_rows(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.guarded.DECODER", "no_such_codec:decode")
+        with pytest.raises(UnetppError, match="cannot start"):
+            segment()
+    assert not (tmp_path / "out" / "table").exists()
+    assert (segment().num_predicted, segment().status) == (NUM_IMAGES, "unchanged")
 
 
 def test_a_part_is_never_taken_from_another_run(segment, tmp_path: Path) -> None:
