@@ -26,7 +26,7 @@ GAP_BYTES = 64 << 10
 
 
 class Archive:
-    """One version of an archive in a store. Its reads raise ImageError `gone` or `changed`, and StorageError."""
+    """One version of an archive in a store. Its reads raise what `storage.read_bytes` raises."""
 
     def __init__(
         self, uri: str, etag: str, size_bytes: int, limits: Limits, columns: Columns, moved: Callable[[], None]
@@ -172,7 +172,11 @@ def _read_archive(
         return itertools.repeat(error, len(rows))
     archive = Archive(uri, found.etag, found.size_bytes, limits, columns, moved)
     if archive.kind == "zip":
-        return _ranges(uri, rows, threads, _places(uri, found.etag, found.size_bytes, limits))
+        try:
+            places = _places(uri, found.etag, found.size_bytes, limits)
+        except ImageError as error:
+            return itertools.repeat(error, len(rows))
+        return _ranges(uri, rows, threads, places)
     return _in_one_pass(archive, rows)
 
 

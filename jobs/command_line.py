@@ -24,6 +24,7 @@ from unetpp.errors import (
     AbandonedError,
     BreakerError,
     ConfigError,
+    ImageError,
     JobError,
     ModelError,
     StorageError,
@@ -37,6 +38,7 @@ _EXIT_CODES: dict[type[UnetppError], ExitCode] = {
     ConfigError: ExitCode.CONFIG,
     ModelError: ExitCode.MODEL,
     StorageError: ExitCode.STORAGE,
+    ImageError: ExitCode.STORAGE,  # of an object that is no image: a model's file, a list of images
     TransientError: ExitCode.STORAGE,
     BreakerError: ExitCode.BREAKER,
     AbandonedError: ExitCode.INTERRUPTED,

@@ -28,6 +28,9 @@ _ADVICE = {
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path at which there is nothing: also of a link that leads to itself."""
 
+_OF_ONE_FILE = (errno.EACCES, errno.EIO, errno.ENXIO, errno.ENODATA, errno.EBADMSG)
+"""What it says of a file that it finds and cannot read: its mode, a bad sector, a wrong checksum."""
+
 _syncfs = getattr(ctypes.CDLL(None), "syncfs", None)  # of Linux
 
 
@@ -85,7 +88,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def read(path: str, etag: str | None) -> bytes:
-    """The file's bytes; with `etag`, of that version or ImageError `changed` or `gone`."""
+    """The file's bytes; with `etag`, of that version or ImageError `changed`, `gone` or `unreadable`."""
     return _read(path, etag, 0, None)
 
 
@@ -103,6 +106,8 @@ def _read(path: str, etag: str | None, start: int, stop: int | None) -> bytes:
                 content = file.read(-1 if stop is None else stop - start)
                 after = os.fstat(file.fileno())
         except OSError as error:
+            if etag is not None and error.errno in _OF_ONE_FILE and _stat(path) is not None:
+                raise ImageError("unreadable", f"{path} cannot be read: {_advice(error)}; it is tried again") from None
             if error.errno not in _NOWHERE:
                 raise
             if etag is None:
@@ -291,4 +296,9 @@ def _translated(path: str, *, writes: bool = False) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not writes:
             raise
-        raise StorageError(f"{error.filename or path}: {_ADVICE.get(error.errno or 0, error.strerror)}") from error
+        raise StorageError(f"{error.filename or path}: {_advice(error)}") from error
+
+
+def _advice(error: OSError) -> str:
+    number = error.errno or 0
+    return _ADVICE.get(number, os.strerror(number))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, BinaryIO, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from jobs.ranged import Ranged
 from unetpp.config import Bands, Level, Pages
 from unetpp.engine_names import EngineChoice
 from unetpp.engines import Mode
-from unetpp.errors import ImageError, ImageErrorCode
+from unetpp.errors import ImageError, ImageErrorCode, UnetppError
 from unetpp.images import Decoded
 from unetpp.predictor import Image, Prediction
 from unetpp.tiles import Box
@@ -48,6 +48,10 @@ LOOK_S = 1.0
 MAX_ANSWER_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
 MAX_READINGS = 4
 """How many times its size of an image may be read for one answer."""
+START_SECONDS = 300.0
+SAID_LINES = 5
+"""Of what a child that cannot start says of it."""
+PASSED_ON = ("LD_LIBRARY_PATH", "ONEDNN_MAX_CPU_ISA")
 
 
 class Limits(NamedTuple):
@@ -84,7 +88,7 @@ class Child:
         """The child's answer to (header, content): a dictionary and pixels.
 
         ImageError: what the child says is wrong with the image, `crash` where it died of it, `timeout` where it was
-        given up.
+        given up. UnetppError where no child can start.
         """
         answer = self._understood(self._answer(self._begin(header, content)))
         return answer, self._pixels(answer)
@@ -157,43 +161,68 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def _start(self) -> Connection:
+        """A child that is ready for an image. UnetppError where it cannot start: no image is to blame."""
         self.close()
         ours, theirs = socket.socketpair()
         self._memory = os.memfd_create("unetpp-pixels", os.MFD_CLOEXEC)
         work = {**self._work, "seconds": self._limits.seconds, "memory_bytes": self._limits.memory_bytes}
-        with theirs:
+        with theirs, open(os.memfd_create("unetpp-stderr", os.MFD_CLOEXEC), "rb") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.guarded_child", str(theirs.fileno()), str(self._memory), json.dumps(work)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=said,
                 pass_fds=(theirs.fileno(), self._memory),
                 # Nothing of ours but where the code is, and how it computes: above all no credential.
                 env={
                     "PATH": os.defpath,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                     "OMP_NUM_THREADS": "1",
-                    **{name: value for name, value in os.environ.items() if name == "ONEDNN_MAX_CPU_ISA"},
+                    **{name: value for name, value in os.environ.items() if name in PASSED_ON},
                 },
                 start_new_session=True,
             )
-        self._connection = Connection(ours.detach())
-        self._answers = select.poll()
-        self._answers.register(self._connection.fileno(), select.POLLIN)
+            theirs.close()  # else nobody would see that the child closed its own
+            self._connection = Connection(ours.detach())
+            self._answers = select.poll()
+            self._answers.register(self._connection.fileno(), select.POLLIN)
+            self._wait_until_ready(self._connection, said)
         return self._connection
 
-    def _death(self) -> ImageError:
-        """Why the child ended, as the error of the image that it worked on."""
+    def _wait_until_ready(self, connection: Connection, said: BinaryIO) -> None:
+        """Until the child can take an image. UnetppError, with the last that it said, where it cannot."""
+        try:
+            if self._answers.poll(START_SECONDS * 1000):
+                connection.recv_bytes(MAX_ANSWER_BYTES)
+                return
+            how = f"it was not ready after {START_SECONDS:g} s"
+            self.close()
+        except (EOFError, OSError):
+            how = f"it ended with {_how(self._end())}"
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()[-SAID_LINES:]
+        raise UnetppError(
+            f"the process that images are given to cannot start: {how}, and said: {' | '.join(lines) or 'nothing'}. "
+            f"Of the environment it has {', '.join(PASSED_ON)} and where Python looks for modules: mend what it names, "
+            "then the same command goes on from here"
+        )
+
+    def _end(self) -> int:
+        """End the child, if it lives; its exit status."""
         assert self._process is not None
         try:
             status = self._process.wait(5)
         except subprocess.TimeoutExpired:  # it closed its socket, and lives
             status = 0
         self.close()
+        return status
+
+    def _death(self) -> ImageError:
+        """Why the child ended, as the error of the image that it worked on."""
+        status = self._end()
         if -status in (signal.SIGXCPU, signal.SIGALRM):
             return ImageError("timeout", f"it took longer than {self._limits.seconds:g} s of work")
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return ImageError("crash", f"the process that worked on it ended with {how}")
+        return ImageError("crash", f"the process that worked on it ended with {_how(status)}")
 
     def _pixels(self, answer: dict[str, Any]) -> NDArray[np.generic]:
         """A copy of what the child wrote; ImageError where the answer does not fit it."""
@@ -228,6 +257,10 @@ class Child:
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
+
+
+def _how(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
 class DecodePool:

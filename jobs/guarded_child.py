@@ -99,6 +99,8 @@ def main(socket_fd: int, memory_fd: int, work: dict[str, Any]) -> None:
             idle_bytes = int(file.read().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (idle_bytes + memory_bytes,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (memory_bytes,) * 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what hostile bytes make libraries say is nobody's
+    connection.send_bytes(b"ready")  # what ends this process from here on is an image
     while True:
         try:
             header = json.loads(connection.recv_bytes())

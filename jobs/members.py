@@ -40,6 +40,7 @@ _REFUSALS: dict[str, tuple[ImageErrorCode, str]] = {
     "gone": ("gone", "was deleted while it was listed; the next run looks again"),
     "changed": ("changed", "was replaced while it was listed; the next run looks again"),
     "integrity": ("integrity", "arrived with a wrong checksum while it was listed; the next run looks again"),
+    "unreadable": ("unreadable", "could not be read while it was listed: see its mode, disk or storage class"),
     "damaged": ("archive", "cannot be read from byte {position} on: damaged, cut short, or not what its name says"),
     "rows": ("archive", "cannot be read from row {position} on: damaged, cut short, or not what its name says"),
     "table": ("archive", "has no column of image bytes: name one with image_column"),

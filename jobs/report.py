@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from jobs import archives, manifest, models, overlays, storage, table
@@ -47,6 +48,7 @@ MEANINGS = {
     "gone": "deleted between listing and reading; tried again by the next run",
     "changed": "replaced between listing and reading; tried again by the next run",
     "integrity": "arrived with a wrong checksum; tried again by the next run",
+    "unreadable": "its store has it and does not give it; tried again by the next run",
     "crash": "predicting it failed; tried again by the next run",
     "timeout": "took too long; tried again by the next run",
 }
@@ -106,15 +108,15 @@ def render(
     archive: Archive, record: RunRecord, parts: Sequence[Part], footers: Sequence[Footer], result: PredictResult
 ) -> str:
     """The report's HTML. The sample is drawn by the manifest's hash: the same run shows the same pictures."""
-    columns = ["key", "etag", "error_code", "error", "uncertainty", "level", "height", "width", *WINDOW]
-    rows = table.read_rows(parts, columns)
+    rows = _Rows()
+    for batch in table.scan(parts, _Rows.COLUMNS):
+        rows.add(batch)
+    is_predicted, uncertainty = np.concatenate(rows.is_predicted), np.concatenate(rows.uncertainty)
     rng = np.random.default_rng(int(record.manifest_sha256[:16], 16))
-    predicted = np.flatnonzero(pa.compute.is_null(rows["error_code"]).to_numpy(zero_copy_only=False))
+    predicted = np.flatnonzero(is_predicted)
     random = rng.choice(predicted, min(NUM_RANDOM, len(predicted)), replace=False)
-    uncertainty = rows["uncertainty"].to_numpy(zero_copy_only=False)
     unsure = predicted[np.argsort(-uncertainty[predicted], kind="stable")][:NUM_UNSURE]
     pictures = _pictures(archive, record, sorted({*random.tolist(), *unsure.tolist()}))
-    level = rows["level"][0].as_py()
     first = min(footer.committed_at - footer.seconds for footer in footers)
     last = max(footer.committed_at for footer in footers)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -123,37 +125,57 @@ def render(
     return template.render(
         record=record,
         result=result,
-        level=level,
+        level=rows.level,
         mode=archive.config.output_name or "fast",
         model_uri=models.canonical(archive.config.model),
         output_uri=archive.output_uri,
         started=_clock(first),
         ended=_clock(last),
-        images_per_second=len(rows) / max(last - first, 1e-9),
+        images_per_second=len(is_predicted) / max(last - first, 1e-9),
         megapixels_per_second=result.megapixels / max(last - first, 1e-9),
-        failures=_failures(rows),
+        failures=rows.failures(),
         samples=_overlays(parts, footers, sorted(random.tolist()), pictures),
         unsure=_overlays(parts, footers, unsure.tolist(), pictures),
         throughput=_throughput(footers, first, last),
-        levels=_levels(archive, archive.config.output_name or f"L{level}"),
+        levels=_levels(archive, archive.config.output_name or f"L{rows.level}"),
         plot_width=PLOT_WIDTH,
         plot_height=PLOT_HEIGHT,
         plot_margin=PLOT_MARGIN,
     )
 
 
-def _failures(rows: pa.Table) -> list[Failures]:
-    failed = rows.filter(pa.compute.is_valid(rows["error_code"])).to_pylist()
-    counts = Counter(row["error_code"] for row in failed)
-    return [
-        Failures(
-            code,
-            MEANINGS.get(code, ""),
-            number,
-            [(_name(row), row["error"]) for row in failed if row["error_code"] == code][:NUM_KEYS],
-        )
-        for code, number in counts.most_common()
-    ]
+class _Rows:
+    """What the report needs of a run's rows, which may be millions: they pass a batch at a time."""
+
+    COLUMNS = ("key", "error_code", "error", "uncertainty", "level", "height", "width", *WINDOW)
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.is_predicted: list[NDArray[np.bool_]] = []
+        self.uncertainty: list[NDArray[np.float32]] = []
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[tuple[str, str]]] = {}
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """The next rows."""
+        codes = rows["error_code"]
+        self.is_predicted.append(codes.is_null().to_numpy(zero_copy_only=False))
+        self.uncertainty.append(rows["uncertainty"].to_numpy(zero_copy_only=False))
+        self.level = rows["level"][0].as_py()
+        for found in codes.drop_null().value_counts().to_pylist():
+            code = found["values"]
+            self._counts[code] += found["counts"]
+            examples = self._examples.setdefault(code, [])
+            if (num_more := NUM_KEYS - len(examples)) > 0:
+                failed = rows.filter(pa.compute.equal(codes, code)).slice(0, num_more)
+                examples += [(_name(row), row["error"]) for row in failed.to_pylist()]
+
+    def failures(self) -> list[Failures]:
+        """The failed images by cause, the most frequent first."""
+        return [
+            Failures(code, MEANINGS.get(code, ""), number, self._examples[code])
+            for code, number in self._counts.most_common()
+        ]
 
 
 def _overlays(

@@ -46,14 +46,19 @@ def begin(task: "Task", outcome: "Outcome") -> Begun:
 def written(task: "Task", outcomes: Iterable["Outcome"], threads: ThreadPoolExecutor) -> list[dict[str, Any]]:
     """The rows of all outcomes, in order, when the PNGs that they name are durable."""
     futures: list[Future[list[Begun]]] = []
+    num_seen = 0
     try:
         for some in _batches(outcomes, 0 if storage.is_remote(task.output_uri) else BATCH_BYTES):
             futures.append(threads.submit(_begin_all, task, some))
+            while num_seen < len(futures) and futures[num_seen].done():
+                futures[num_seen].result()  # a store that is out of order is known before all is predicted
+                num_seen += 1
         found = list(chain.from_iterable(future.result() for future in futures))
         puts.end([put for each in found for put in each.puts])
     except BaseException:
-        wait(futures)
-        _drop([each for future in futures if future.exception() is None for each in future.result()])
+        begun = [future for future in futures if not future.cancel()]
+        wait(begun)
+        _drop([each for future in begun if future.exception() is None for each in future.result()])
         raise
     rows = [each.row for each in found]
     old = [number for number, each in enumerate(found) if not all(put.is_new for put in each.puts)]

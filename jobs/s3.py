@@ -34,7 +34,7 @@ class S3:
         return s3_listing.list_objects(self._calls, uri)
 
     def read(self, uri: str, etag: str | None) -> bytes:
-        """The object's bytes; with `etag`, of that version or ImageError `changed`, `gone` or `integrity`."""
+        """The object's bytes; with `etag`, of that version or an ImageError of `jobs.storage`."""
         return s3_read.read(self._calls, uri, etag)
 
     def read_range(self, uri: str, start: int, stop: int, etag: str | None) -> bytes:

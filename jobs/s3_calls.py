@@ -14,7 +14,7 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 
-from jobs.s3_errors import TRANSPORT_ERRORS, Corrupt, Refused, no_answer, storage_error
+from jobs.s3_errors import TRANSPORT_ERRORS, Corrupt, Damaged, Refused, no_answer, storage_error
 from jobs.s3_pace import Pace
 from jobs.s3_uri import endpoint_of, split
 from unetpp.errors import StorageError
@@ -99,7 +99,7 @@ class Calls:
                     self._pace.succeeded()
             self._has_answered = True
             return answer
-        except (FlexibleChecksumError, Corrupt):
+        except (FlexibleChecksumError, Damaged, Corrupt):
             raise
         except (OSError, ClientError, BotoCoreError, ResponseParserError, ValueError) as error:
             if (refused := Refused.of(error)) is not None:

@@ -20,6 +20,7 @@ from fsspec.asyn import FSTimeoutError
 from unetpp.errors import ConfigError, StorageError
 
 CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+ARCHIVED = "InvalidObjectState"
 
 
 class Damaged(Exception):
@@ -74,6 +75,8 @@ def storage_error(uri: str, bucket: str, endpoint: str, refused: Refused) -> Sto
         )
     if refused.code == "RequestTimeTooSkewed":
         return StorageError(f"{endpoint} refuses {uri} since this machine's clock is wrong ({said}): set the clock")
+    if refused.code == ARCHIVED:
+        return StorageError(f"{uri} is in an archive storage class ({said}): restore it first, or leave it out")
     if refused.status in (401, 403):
         return StorageError(
             f"{endpoint} forbids access to {uri} ({said}): check the credentials, and what they may read and write"

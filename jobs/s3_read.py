@@ -11,7 +11,7 @@ from botocore.exceptions import ConnectionClosedError, FlexibleChecksumError
 
 from jobs import s3_calls
 from jobs.s3_calls import Calls
-from jobs.s3_errors import Corrupt, Damaged, Refused
+from jobs.s3_errors import ARCHIVED, Corrupt, Damaged, Refused
 from jobs.s3_uri import split
 from unetpp.errors import ImageError, StorageError
 
@@ -49,6 +49,8 @@ def read(calls: Calls, uri: str, etag: str | None, span: tuple[int, int] | None 
     try:
         return calls.retried(uri, get)
     except Refused as refused:
+        if refused.code == ARCHIVED and etag is not None:
+            raise ImageError("unreadable", f"{calls.error(uri, refused)}; it is tried again") from None
         if refused.status == 412:
             raise ImageError("changed", f"{uri} was replaced after it was listed; the next run takes it") from None
         if refused.code == "NoSuchKey":
@@ -56,7 +58,7 @@ def read(calls: Calls, uri: str, etag: str | None, span: tuple[int, int] | None 
                 raise FileNotFoundError(f"there is no object {uri}") from None
             raise ImageError("gone", f"{uri} was deleted after it was listed") from None
         raise calls.error(uri, refused) from refused.__cause__
-    except (FlexibleChecksumError, Corrupt) as error:
+    except (FlexibleChecksumError, Damaged, Corrupt) as error:
         if etag is None:
             raise StorageError(f"{uri} arrives damaged again and again: {error}") from None
         raise ImageError("integrity", f"{uri} arrives damaged again and again: {error}") from None

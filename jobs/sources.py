@@ -132,7 +132,7 @@ class Listing:
         try:
             return archive.members(self._indexes_uri)
         except ImageError as error:
-            return [members.rest(error.code, 0)]  # gone, changed or integrity
+            return [members.rest(error.code, 0)]  # gone, changed, integrity or unreadable
 
     def _loose(self, found: "_Found") -> Iterator[Listed]:
         is_wanted = found.extra is not None or self._is_included(found.key)

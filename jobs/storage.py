@@ -6,7 +6,7 @@ source and sink may be different stores; `s3://bucket/prefix` takes them from th
 
 Errors are made here, once, for every caller:
 
-- ImageError `changed`, `gone`, `integrity`: this one object, where a version (etag) was asked for;
+- ImageError `changed`, `gone`, `integrity`, `unreadable`: this one object, where a version (etag) was asked for;
 - FileNotFoundError: an object that was asked for without a version is absent;
 - ConfigError: a local folder that does not exist, a scheme or an address that makes no sense;
 - StorageError: the world is bad (no such bucket, credentials, forbidden, no answer after retries, no space).
@@ -137,8 +137,8 @@ def find(uri: str | Path) -> StoredObject | None:
 def read_bytes(uri: str | Path, etag: str | None = None) -> bytes:
     """The object's content.
 
-    With `etag`, exactly of that version, else ImageError `changed`, `gone` or `integrity`; without it, whatever is
-    there, else FileNotFoundError.
+    With `etag`, exactly of that version, else ImageError `changed`, `gone`, `integrity` or `unreadable`; without it,
+    whatever is there, else FileNotFoundError.
     """
     place = _object(uri)
     return _reader(place).read(place, etag)

@@ -4,7 +4,7 @@
 UnetppError                  arguments are data, the text is made in __str__: survives pickling between processes
 |- ConfigError(ValueError)   the caller can fix it       -> stop now, never retried           exit 10
 |- ModelError                weights and config disagree -> stop now, never retried           exit 11
-|- ImageError                this one object is bad      -> a row with error_code; the run goes on
+|- ImageError                this one object is bad      -> a row with error_code; the run goes on   exit 20 of no image
 |- TransientError            the same call may succeed   -> retried by one owner only         exit 20 once given up
 |- BreakerError              too many images are bad   -> the run stops, resumable           exit 5
 |- AbandonedError            another call took over    -> this one stops                     exit 4
@@ -19,7 +19,17 @@ Every message says what was seen, what was wanted and what to do.
 from typing import Literal
 
 ImageErrorCode = Literal[
-    "decode", "too_large", "archive", "numeric", "forgotten", "gone", "changed", "integrity", "crash", "timeout"
+    "decode",
+    "too_large",
+    "archive",
+    "numeric",
+    "forgotten",
+    "gone",
+    "changed",
+    "integrity",
+    "unreadable",
+    "crash",
+    "timeout",
 ]
 
 PERMANENT_IMAGE_ERRORS: frozenset[ImageErrorCode] = frozenset(

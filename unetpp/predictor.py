@@ -48,6 +48,7 @@ class Predictor:
     """Segments images of any size: uint8, uint16 or float32, HW or HWC, sizes mixed."""
 
     def __init__(self, engine: Engine, config: ModelConfig, *, digest: str, tile_px: int = 512) -> None:
+        tiles.check_tile_px(tile_px, config.pad_multiple)
         self.engine = engine
         self.config = config
         self.digest = digest
@@ -79,7 +80,7 @@ class Predictor:
 
         ModelError for a folder that is no model, or has no int8 form where that is asked for; ConfigError for a level
         without a head, accurate mode with one head, flips in fast mode, as many bands as the network cannot read, an
-        engine of CPUs on another device.
+        engine of CPUs on another device, a tile_px that does not fit.
         """
         if engine in ON_CPU_ONLY and device not in (None, "cpu"):
             raise ConfigError(f"engine {engine} computes on CPU, the device is {device}; take engine torch")

@@ -89,6 +89,15 @@ class TilePlan:
         return self.computed_px / self.kept.num_px
 
 
+def check_tile_px(tile_px: int, pad_multiple: int) -> None:
+    """ConfigError when `tile_px` is not a positive multiple of `pad_multiple`."""
+    if tile_px <= 0 or tile_px % pad_multiple:
+        raise ConfigError(
+            f"tile_px is {tile_px}, but this model pads images to multiples of {pad_multiple}; "
+            f"take a tile_px that is a multiple of {pad_multiple}"
+        )
+
+
 def plan_tiles(
     height: int, width: int, *, tile_px: int, stride: int, halo_px: int, pad_multiple: int, kept: Box | None = None
 ) -> TilePlan:
@@ -103,13 +112,9 @@ def plan_tiles(
     Its corner lies on the stride grid. So a region of a larger image, read with that margin from an origin on the
     `pad_multiple` grid, gives the larger image's output.
 
-    Raises ConfigError when `tile_px` is not a positive multiple of `pad_multiple`.
+    Raises ConfigError where `check_tile_px` does.
     """
-    if tile_px <= 0 or tile_px % pad_multiple:
-        raise ConfigError(
-            f"tile_px is {tile_px}, but this model pads images to multiples of {pad_multiple}; "
-            f"take a tile_px that is a multiple of {pad_multiple}"
-        )
+    check_tile_px(tile_px, pad_multiple)
     assert min(height, width) >= 1, (height, width)
     assert pad_multiple % stride == 0, (pad_multiple, stride)
     assert halo_px % stride == 0, (halo_px, stride)

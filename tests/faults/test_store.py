@@ -92,6 +92,7 @@ OF_ONE_IMAGE = {
     "flipped": (Rule("GET", IMAGE, faults.flip), "integrity"),
     "deleted": (Rule("GET", IMAGE, faults.answer(404, "NoSuchKey")), "gone"),
     "swapped": (Rule("GET", IMAGE, faults.answer(412, "PreconditionFailed")), "changed"),
+    "in an archive storage class": (Rule("GET", IMAGE, faults.answer(403, "InvalidObjectState")), "unreadable"),
 }
 
 

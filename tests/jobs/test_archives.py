@@ -25,6 +25,7 @@ from jobs.parquet_images import Columns
 from jobs.sources import Listing, Source
 from jobs.table import read_masks
 from jobs.worker import Worker
+from tests.faults.proxy import FaultProxy, Rule, answer
 from unetpp.errors import ConfigError, ImageError
 
 LIMITS = members.Limits(10_000, 64 << 20, 200.0)
@@ -288,6 +289,26 @@ def test_whoever_stops_a_listing_does_not_wait_for_whole_archives(
     started = time.monotonic()
     found.close()
     assert time.monotonic() - started < 10  # of 25 s an archive
+
+
+def test_an_archive_whose_bytes_are_refused_is_rows_when_listed_and_when_read(
+    s3_prefix: str, images, counting_proxy: FaultProxy
+) -> None:
+    for name, pack in PACKED.items():
+        storage.write_bytes(f"{s3_prefix}/{name}", pack(images))
+    refuse = Rule("GET", r"/x\.", answer(403, "InvalidObjectState"))
+    counting_proxy.rules = [refuse]
+    refused = listed(s3_prefix)
+    assert [(one.key, one.etag.split(":")[:2]) for one in refused] == [
+        (name, ["refused", "unreadable"]) for name in sorted(PACKED)
+    ]
+    assert {content.code for content in read(s3_prefix, refused)} == {"unreadable"}
+    counting_proxy.rules = []
+    found = listed(s3_prefix)
+    counting_proxy.rules = [refuse]
+    contents = read(s3_prefix, found)
+    assert len(contents) == len(PACKED) * len(images)
+    assert {content.code for content in contents} == {"unreadable"}
 
 
 # ------------------------------------------------------------------------------------------------ forms

@@ -17,7 +17,7 @@ from jobs.command_line import exit_code, new_app, run_app, set_command
 from jobs.config_file import load_config, parse_setting, write_command, write_yaml
 from jobs.config_schema import leaves, schema_of
 from jobs.contract import ExitCode, TrainConfig
-from unetpp.errors import ConfigError, JobError, ModelError, StorageError, TransientError, UnetppError
+from unetpp.errors import ConfigError, ImageError, JobError, ModelError, StorageError, TransientError, UnetppError
 
 PREDICT = ["predict", "--model", "m", "--input", "i", "--output", "o"]
 TRAIN = ["train", "--data", "d", "--output", "o"]
@@ -293,6 +293,7 @@ class Nothing(BaseModel):
         (ModelError("x"), 11),
         (StorageError("x"), 20),
         (TransientError("x"), 20),
+        (ImageError("gone", "x"), 20),
         (JobError("predict", 20, "log"), 20),
         (JobError("predict", -9, "log"), 1),
         (JobError("predict", None, "lost 3 times: look after the cluster"), 1),

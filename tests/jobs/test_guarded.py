@@ -15,7 +15,7 @@ from jobs import guarded
 from jobs.guarded import DecodePool, GuardedPredictor, Limits
 from jobs.ranged import Ranged
 from tests.faults import hostile_decoder as hostile
-from unetpp.errors import ImageError
+from unetpp.errors import ImageError, UnetppError
 from unetpp.images import decode_image
 from unetpp.predictor import Predictor
 from unetpp.spans import Span
@@ -80,8 +80,32 @@ def test_the_child_knows_no_secret(decoders: DecodePool, archive: Path, monkeypa
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     decoders.decode((archive / "a.png").read_bytes())
     (child,) = _children()
-    known = {"PATH", "PYTHONPATH", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA"}
-    assert set(child.environ()) - {"LC_CTYPE"} == known
+    known = {"PATH", "PYTHONPATH", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_LIBRARY_PATH"}
+    assert set(child.environ()) - {"LC_CTYPE"} <= known
+
+
+def test_a_child_finds_the_libraries_that_its_parent_finds(
+    decoders: DecodePool, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    decoders.decode((archive / "a.png").read_bytes())
+    (child,) = _children()
+    assert child.environ()["LD_LIBRARY_PATH"] == str(tmp_path)
+
+
+def test_a_child_that_cannot_start_is_no_images_error(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "DECODER", "no_such_codec:decode")
+    with DecodePool(1, max_pixels=10**6, limits=LIMITS) as pool:
+        for _ in range(2):
+            with pytest.raises(UnetppError, match=r"cannot start: .*exit status 1.*'no_such_codec'") as caught:
+                pool.decode((archive / "a.png").read_bytes())
+            assert not isinstance(caught.value, ImageError)
+    with GuardedPredictor(tmp_path / "absent", 2, "fast", 64) as predictor:
+        with pytest.raises(UnetppError, match=r"cannot start: .*absent") as caught:
+            predictor.predict([np.zeros((8, 8, 3), np.uint8)])
+        assert not isinstance(caught.value, ImageError)
 
 
 def test_a_child_that_was_killed_between_two_images_is_replaced(decoders: DecodePool, archive: Path) -> None:

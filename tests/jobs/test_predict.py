@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jobs import backends, forecast, manifest, predict, storage
+from jobs import backends, forecast, manifest, predict, rows, storage
 from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import Child, DecodePool
 from jobs.manifest import ManifestRow, Shard
 from jobs.runs import Archive, Opening, open_run
-from jobs.shard import Item, Task, load_predictor, predict_shard, read_shard, write_shard
+from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
 from jobs.storage import io_threads
 from jobs.table import list_parts, read_footers, read_masks
 from jobs.worker import Worker
 from tests.cpu import needs_bf16
+from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
 from unetpp.engines import Engine, TileStats
 from unetpp.errors import (
@@ -46,8 +49,9 @@ from unetpp.errors import (
     UnetppError,
 )
 from unetpp.images import decode_image, decode_mask
+from unetpp.model import UNetPlusPlus
 from unetpp.openvino_engine import OpenVINOEngine
-from unetpp.predictor import Predictor
+from unetpp.predictor import Prediction, Predictor
 from unetpp.torch_engine import TorchEngine
 
 NUM_IMAGES = 12  # of the archive
@@ -258,6 +262,15 @@ def test_images_that_vanish_after_the_listing_are_tried_again_next_time(segment,
     assert {row["key"]: row["attempts"] for row in _rows(second)}["a.png"] == 2
 
 
+def test_a_file_that_cannot_be_read_is_tried_again_and_holds_up_nothing(segment, images: Path) -> None:
+    (images / "locked.png").symlink_to("/proc/self/mem")
+    first = segment()
+    assert (first.num_predicted, first.failures, first.exit_code) == (NUM_IMAGES, {"unreadable": 1}, 3)
+    shutil.copy(images / "a.png", images / "new.png")
+    second = segment()
+    assert (second.runs, second.num_predicted, second.failures) == (("r00002",), 1, {"unreadable": 1})
+
+
 class FailingEngine(Engine):
     """An engine that breaks on images with a certain value, as a driver or an allocator might."""
 
@@ -293,6 +306,24 @@ def test_what_breaks_on_one_image_does_not_break_its_batch() -> None:
     ]
     masks = [outcome.prediction.mask_HW.max() for outcome in outcomes if outcome.prediction]
     assert masks == [0, 1, 0]
+
+
+def test_what_no_image_did_ends_the_shard() -> None:
+    class Misconfigured(FailingEngine):
+        def __call__(self, tiles_BHWC: Any, core: tuple[slice, slice]) -> tuple[Any, list[TileStats]]:
+            raise ConfigError("nothing can be computed like this")
+
+    predictor = Predictor(Misconfigured(), ModelConfig(level=1, in_channels=1), digest="d")
+    row = ManifestRow(0, 0, "a.png", "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None)
+    with pytest.raises(ConfigError, match="like this"):
+        list(predict_shard(predictor, [Item(row, np.zeros((8, 8, 1), np.uint8), None, 0.0)] * 2))
+
+
+def test_tiles_that_do_not_fit_the_model_are_refused_before_a_run_is_opened(segment, tmp_path: Path) -> None:
+    save_pretrained(UNetPlusPlus(ModelConfig(level=1, filters=(4, 6), pad_multiple=32)), tmp_path / "model")
+    with pytest.raises(ConfigError, match="tile_px is 528, but this model pads images to multiples of 32"):
+        segment(model=str(tmp_path / "model"), tile_px=528)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_odd_image_is_a_row_with_a_mask_or_a_reason(segment, shared_dir: Path, tmp_path: Path) -> None:
@@ -373,6 +404,36 @@ def test_a_store_that_refuses_stops_the_run_and_a_rerun_resumes_it(segment, tmp_
     (out / "png").unlink()
     result = segment()
     assert (result.runs, result.num_predicted, result.exit_code) == (("r00001",), NUM_IMAGES, 0)
+
+
+def test_a_store_that_refuses_is_noticed_while_the_shard_is_predicted(segment, tmp_path: Path, flaky_server) -> None:
+    task, _ = _task(_open_a_run(segment, tmp_path), tmp_path)
+    flaky_server.last = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    num_queued, made = 400, []
+
+    def outcomes() -> Iterator[Outcome]:
+        for number in range(num_queued + 100):
+            if number > num_queued:  # the others are on their way before the first is refused
+                time.sleep(0.05)
+            made.append(number)
+            row = ManifestRow(0, 0, f"{number}.png", "e", 1, "", -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, None)
+            yield Outcome(row, Prediction(np.zeros((8, 8), np.uint8), 0.0, True), None, 0.0)
+
+    with ThreadPoolExecutor(1) as threads, pytest.raises(StorageError, match="forbids access"):
+        rows.written(replace(task, output_uri="s3://bucket/out"), outcomes(), threads)
+    assert len(made) < num_queued + 100
+    assert len(flaky_server.requests) < num_queued
+
+
+def test_a_decoder_that_cannot_start_ends_the_run_and_makes_no_rows(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.guarded.DECODER", "no_such_codec:decode")
+        with pytest.raises(UnetppError, match="cannot start"):
+            segment()
+    assert not (tmp_path / "out" / "table").exists()
+    assert (segment().num_predicted, segment().status) == (NUM_IMAGES, "unchanged")
 
 
 def test_a_part_is_never_taken_from_another_run(segment, tmp_path: Path) -> None:
@@ -696,13 +757,17 @@ def test_a_store_that_overwrites_is_refused_unless_told(
     assert json.loads((tmp_path / "out" / "runs" / "r00001" / "run.json").read_text())["config"]["single_writer"]
 
 
-def test_a_run_in_which_most_images_fail_stops(segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", ["decode", "unreadable"])
+def test_a_run_in_which_most_images_fail_stops(
+    segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
     monkeypatch.setattr("jobs.progress.BREAKER_IMAGES", 10)
     bad = tmp_path / "bad"
     bad.mkdir()
     for number in range(30):
-        (bad / f"{number:02d}.png").write_bytes(b"<html>")
-    with pytest.raises(BreakerError, match=r"10 of 10 images failed \(decode 10\), more than max_failed_share 0\.5"):
+        bad_image = bad / f"{number:02d}.png"
+        bad_image.write_bytes(b"<html>") if code == "decode" else bad_image.symlink_to("/proc/self/mem")
+    with pytest.raises(BreakerError, match=rf"10 of 10 images failed \({code} 10\), more than max_failed_share 0\.5"):
         segment(input=str(bad), result=str(tmp_path / "result.json"))
     stopped = PredictResult.model_validate_json((tmp_path / "result.json").read_text())
     assert (stopped.status, stopped.exit_code, stopped.num_failed) == ("failed", ExitCode.BREAKER, 10)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from jobs import predict
-from jobs.contract import PredictConfig
+from jobs import predict, rebuild
+from jobs.contract import PredictConfig, RebuildConfig
 from unetpp.checkpoint import LevelScore, Pretrained, from_pretrained, save_pretrained
 
 HOSTILE = '<script>alert("x")<b>&.png'
@@ -97,3 +98,18 @@ def test_a_window_is_shown_and_named_by_its_place(report, tmp_path: Path) -> Non
     html = report(window_px=96, more=tmp_path / "big.tif")
     assert html.count('alt="image big.tif"') in range(4, 9)
     assert "window of 24 x 8 at y 96, x 192 of 120 x 200" in html
+
+
+def test_failures_without_end_take_no_memory(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "absent.csv").write_text("uri\n" + "".join(f"{number}.png\n" for number in range(20_000)))
+    settings = {"model": str(tiny_model), "input": f"{tmp_path}/absent.csv", "output": f"{tmp_path}/out", "threads": 1}
+    predict.run(PredictConfig.model_validate({**settings, "backend": "inline", "max_failed_share": 1.0}))
+    tracemalloc.start()
+    result = rebuild.run(RebuildConfig(run=f"{tmp_path}/out/runs/r00001"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert result.report_uri is not None
+    html = Path(result.report_uri).read_text()
+    assert re.search(r'<span class="count">20000</span><b>gone</b>', html)
+    assert ("199.png" in html, "200.png" in html) == (True, False)

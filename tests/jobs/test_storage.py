@@ -204,6 +204,32 @@ def test_an_object_deleted_after_the_listing_is_gone(place: str) -> None:
     assert caught.value.code == "gone"
 
 
+UNREADABLE = {"bad sector": "/proc/self/mem", "mode": "/proc/sys/vm/compact_memory"}
+"""Regular files that Linux refuses to anybody: to be read, and to be opened."""
+
+
+@pytest.mark.parametrize("target", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_that_is_there_and_cannot_be_read_is_a_row(tmp_path: Path, target: str) -> None:
+    uri = tmp_path / "a.png"
+    uri.symlink_to(target)
+    (listed,) = storage.list_objects(tmp_path)
+    for read in (lambda: storage.read_bytes(uri, listed.etag), lambda: storage.read_range(uri, 0, 1, listed.etag)):
+        with pytest.raises(ImageError, match=f"unreadable: {uri} cannot be read: .*check") as caught:
+            read()
+        assert caught.value.code == "unreadable"
+    with pytest.raises(StorageError):  # whatever is wanted of no version is no image
+        storage.read_bytes(uri)
+
+
+def test_an_archived_object_is_to_be_restored(flaky_server) -> None:
+    body = b"<Error><Code>InvalidObjectState</Code><Message>as told</Message></Error>"
+    flaky_server.last = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with pytest.raises(ImageError, match=r"unreadable: s3://bucket/key is in an archive storage class .*restore it"):
+        storage.read_bytes("s3://bucket/key", "tag")
+    with pytest.raises(StorageError, match="restore it"):
+        storage.read_bytes("s3://bucket/key")
+
+
 def test_an_absent_object_that_was_not_listed_is_a_missing_file(place: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"never/was\.json"):
         storage.read_json(storage.join(place, "never/was.json"))
@@ -576,6 +602,19 @@ def test_a_body_that_is_not_what_was_stored_is_asked_for_again(flaky_server) -> 
     with pytest.raises(ImageError) as caught:
         storage.read_bytes("s3://bucket/a", "9a0364b9e99bb480dd25e1f0284c8555")
     assert caught.value.code == "integrity"
+
+
+def test_a_body_that_stays_damaged_until_the_time_is_up_is_the_objects_fault_too(
+    flaky_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.s3_calls.RETRY_SECONDS", 0.1)
+    flaky_server.last = (
+        b'HTTP/1.1 200 OK\r\nETag: "9a0364b9e99bb480dd25e1f0284c8555"\r\nContent-Length: 7\r\n\r\ncontenT'
+    )
+    with pytest.raises(ImageError, match=r"integrity: .*damaged again and again"):
+        storage.read_bytes("s3://bucket/a", "9a0364b9e99bb480dd25e1f0284c8555")
+    with pytest.raises(StorageError, match="damaged again and again"):
+        storage.read_bytes("s3://bucket/a")
 
 
 @pytest.mark.parametrize(
