@@ -45,6 +45,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         try:
             history = worker.epoch(history)
         except DivergedError as error:
+            worker.remove_diverged()
             num_diverged += 1
             if num_diverged > MAX_DIVERGED:
                 rate = worker.state.learning_rate
@@ -52,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                     f"{error}, {num_diverged} times, the last at a learning rate of {rate:.2g}; lower learning_rate, "
                     "set max_gradient_norm, or look for broken values in the data"
                 ) from None
-            worker.progress.tell(f"{error}: going back to the last checkpoint, with half the learning rate")
+            worker.progress.tell(f"{error}: going back to the last checkpoint before them, with half the learning rate")
             history = worker.resume(worker.state.learning_rate_factor / 2)
     ray.train.report(history[-1].model_dump(mode="json"))  # once: it waits for the controller, for seconds
 
@@ -105,6 +106,13 @@ class Worker:
             self.state.slow_down(learning_rate_factor)
         self._started = time.monotonic() - self.state.seconds
         return history
+
+    def remove_diverged(self) -> None:
+        """Remove the checkpoints after which no step had a finite gradient: from there it would diverge again."""
+        if self.rank == 0:
+            checkpoints.remove(self.run_uri, self.state.num_steps_done - self.state.skipped_in_a_row)
+        if self.world_size > 1:
+            dist.barrier()  # until then the others may still find them
 
     def epoch(self, history: History) -> History:
         """Train an epoch, validate, save; the history with it."""

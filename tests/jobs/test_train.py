@@ -1,6 +1,7 @@
 """Training on a real Ray: it learns, resumes by name, starts anew when something changed, and adds up over workers."""
 
 import csv
+import io
 import json
 import logging
 import multiprocessing
@@ -336,11 +337,36 @@ def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_p
     assert same.run_fingerprint() == first.run_fingerprint()
 
 
-def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps_per_epoch", [20, 3])
+def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path, steps_per_epoch: int) -> None:
+    asked = {"learning_rate": 1e30, "warmup_steps": 0, "epochs": 20, "steps_per_epoch": steps_per_epoch}
     with pytest.raises(ConfigError, match=r"10 steps in a row had no finite gradient, 4 times.*lower learning_rate"):
-        run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, steps_per_epoch=20))
+        run(config(data_dir, tmp_path, **asked))
     (log,) = tmp_path.glob("*/records/log.txt")
     assert log.read_text().count("going back to the last checkpoint") == 3  # no worker was started anew
+    assert not list(tmp_path.glob("*/checkpoints/*")), "the same command would go on from broken weights"
+
+
+def test_training_goes_back_to_before_its_weights_broke(data_dir: Path, tmp_path: Path) -> None:
+    asked = config(data_dir, tmp_path, epochs=4, steps_per_epoch=6, keep_checkpoints=4, num_workers=2)
+    first = run(asked)
+    run_uri = str(tmp_path / first.run)
+    shutil.rmtree(first.model_uri)
+    second = checkpoints.complete(run_uri)[2]
+    state = checkpoints.read_state(run_uri, second)
+    assert state is not None
+    saved = torch.load(io.BytesIO(state), weights_only=True)
+    saved["model"]["nodes.x00.0.weight"].fill_(torch.nan)  # by the last step of its epoch
+    broken = io.BytesIO()
+    torch.save(saved, broken)
+    checkpoints.remove(run_uri, second.metrics.step)
+    checkpoints.save(run_uri, broken.getvalue(), second.history)
+    again = run(asked)
+    assert (again.epochs, again.steps) == (4, 24)
+    log = (tmp_path / first.run / "records" / "log.txt").read_text()
+    assert log.count("going back to the last checkpoint before them") == 1
+    last, *_ = checkpoints.complete(run_uri)
+    assert last.metrics.num_skipped == 0
 
 
 def test_a_batch_seen_again_and_again_is_learnt_at_every_head(data_dir: Path) -> None:
