@@ -118,6 +118,7 @@ class TrainingState:
         The parts of all workers add up to the mean loss of the whole batch, however it was shared out. A step whose
         gradient is not finite changes nothing; DivergedError after MAX_SKIPPED of them in a row.
         """
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
         self.optimiser.zero_grad(set_to_none=True)
         losses = []
         for number, (x_BCHW, target_BHW) in enumerate(micro_batches, start=1):
@@ -134,6 +135,8 @@ class TrainingState:
             self.average.update_parameters(self.network)
         else:
             self.num_skipped, self.skipped_in_a_row = self.num_skipped + 1, self.skipped_in_a_row + 1
+            for buffer, value in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(value)  # the forward has taken them from what was not finite
         self._scaler.update()
         self.schedule.step()
         if self.skipped_in_a_row > MAX_SKIPPED:

@@ -253,15 +253,16 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_a_row_of_them_ends
     state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
     state.train()
     x, target = torch.rand(4, 3, 32, 32), torch.zeros(4, 32, 32, dtype=torch.uint8)
-    before = {name: weights.clone() for name, weights in state.network.named_parameters()}
+    state.step([(x, target)], 1)
+    before = {name: value.clone() for name, value in state.network.state_dict().items()}
     assert state.step([(x * torch.nan, target)], 1).isnan()
-    assert all(torch.equal(weights, before[name]) for name, weights in state.network.named_parameters())
-    assert (state.num_skipped, state.num_steps_done) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in state.network.state_dict().items())
+    assert (state.num_skipped, state.num_steps_done) == (1, 2)
     for _ in range(MAX_SKIPPED - 1):
         state.step([(x * torch.nan, target)], 1)
     with pytest.raises(DivergedError):
         state.step([(x * torch.nan, target)], 1)
-    assert all(weights.isfinite().all() for weights in state.network.parameters())
+    assert all(value.isfinite().all() for value in state.network.state_dict().values())
 
 
 def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
