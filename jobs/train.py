@@ -95,7 +95,7 @@ def run(config: TrainConfig) -> TrainResult:
         len(val),
         config.epochs * steps_per_epoch,
     )
-    with local_ray(config.worker_bounds[1] * (config.threads_per_worker or 1) + _num_readers(config)):
+    with local_ray(config.worker_bounds[0] * (config.threads_per_worker or 1) + _num_readers(config)):
         place = storage.canonical(run_uri)  # workers are in folders of their own
         stream = crop_stream(samples, config, steps_per_epoch, place) if train is None else None
         _fit(config, place, train, stream, val, steps_per_epoch)
@@ -149,10 +149,14 @@ def _threads(config: TrainConfig, use_gpu: bool) -> int:
     if use_gpu and config.cache == "stream":
         return 1  # Ray Data makes the crops, with what is left of the CPUs
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [int(has.get("CPU", 0)) for has in nodes if not use_gpu or has.get("GPU", 0) >= 1]
+    fewest, most = config.worker_bounds
+    if use_gpu:
+        nodes = [has for has in nodes if has.get("GPU", 0) >= 1]
+        most = min(most, max(fewest, int(sum(has["GPU"] for has in nodes))))
+    cpus = [int(has.get("CPU", 0)) for has in nodes]
     largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
     if config.threads_per_worker is None:
-        return max(1, (largest - _num_readers(config)) // math.ceil(config.worker_bounds[1] / num_nodes))
+        return max(1, (largest - _num_readers(config)) // math.ceil(most / num_nodes))
     if 0 < largest < config.threads_per_worker:
         raise ConfigError(
             f"threads_per_worker {config.threads_per_worker} is more than the {largest} CPUs of the largest node; "

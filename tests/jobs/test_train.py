@@ -240,6 +240,8 @@ def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, mon
     asked = config(data_dir, "unused", num_workers=4, threads_per_worker=None)
     assert _threads(asked, use_gpu=True) == 8
     assert _threads(asked, use_gpu=False) == 32
+    elastic = config(data_dir, "unused", num_workers=[1, 16], batch_size=16, threads_per_worker=None)
+    assert _threads(elastic, use_gpu=True) == 8, "no more than four find a GPU"
     assert _threads(asked.model_copy(update={"cache": "stream"}), use_gpu=True) == 1, "Ray Data needs the others"
 
 
