@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from tensorboardX.proto import event_pb2
 
 from jobs import checkpoints
@@ -24,7 +26,7 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import _threads, look_for_room, run, tell_other_reading
+from jobs.train import _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
 from jobs.train_worker import Worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from tests.fresh import in_a_fresh_process
@@ -243,6 +245,27 @@ def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, mon
     elastic = config(data_dir, "unused", num_workers=[1, 16], batch_size=16, threads_per_worker=None)
     assert _threads(elastic, use_gpu=True) == 8, "no more than four find a GPU"
     assert _threads(asked.model_copy(update={"cache": "stream"}), use_gpu=True) == 1, "Ray Data needs the others"
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_auto_wants_a_torch_that_can_use_the_gpu_of_this_machine(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, is_cluster: bool
+) -> None:
+    asked = config(data_dir, "unused")
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
+    if is_cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "here")
+    assert _uses_gpu(asked) == (is_cluster or torch.cuda.is_available())
+    assert _uses_gpu(asked.model_copy(update={"device": "cuda"}))
+
+
+def test_only_workers_without_room_are_said_to_lack_it() -> None:
+    room, nccl = WorkerGroupStartupTimeoutError(2), ValueError("ProcessGroupNCCL is only supported with GPUs")
+    said = _without_workers(room, 2, {"CPU": 4, "GPU": 1})
+    assert "could not start within 15 minutes: wanted 2 with 4 CPU and 1 GPU each" in said
+    for error in (nccl, RayTaskError("on_start", "ray::on_start()\nTraceback", nccl)):
+        said = _without_workers(error, 2, {"CPU": 4, "GPU": 1})
+        assert said.startswith("Ray Train gave up (ValueError: ProcessGroupNCCL is only supported with GPUs); once")
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
