@@ -37,7 +37,17 @@ History = tuple[EpochMetrics, ...]
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train from the newest checkpoint to the end of the run."""
+    """Train from the newest checkpoint to the end of the run. ConfigError where a GPU has too little memory for it."""
+    try:
+        _train(settings)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU has too little memory ({error}); lower batch_size or micro_batch, set recompute, or a precision "
+            "of bfloat16 or float16"
+        ) from None
+
+
+def _train(settings: dict[str, Any]) -> None:
     worker = Worker(settings)
     history = worker.resume()
     num_diverged = 0

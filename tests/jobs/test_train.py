@@ -26,8 +26,8 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
-from jobs.train_worker import Worker
+from jobs.train import NEVER_RETRIED, _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
+from jobs.train_worker import Worker, train_worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from tests.fresh import in_a_fresh_process
 from unetpp.checkpoint import from_pretrained, read_pretrained
@@ -393,6 +393,15 @@ def test_training_goes_back_to_before_its_weights_broke(data_dir: Path, tmp_path
     assert log.count("going back to the last checkpoint before them") == 1
     last, *_ = checkpoints.complete(run_uri)
     assert last.metrics.num_skipped == 0
+
+
+def test_a_gpu_without_memory_is_told_and_never_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: dict[str, Any]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("jobs.train_worker.Worker", full)
+    with pytest.raises(NEVER_RETRIED, match=r"20.00 GiB.\); lower batch_size or micro_batch, set recompute"):
+        train_worker({})
 
 
 def test_a_batch_seen_again_and_again_is_learnt_at_every_head(data_dir: Path) -> None:
