@@ -16,7 +16,7 @@ from ray.train.torch import get_device, prepare_model
 from jobs import checkpoints
 from jobs.checkpoints import EpochMetrics
 from jobs.contract import TrainConfig
-from jobs.dataset import CropSampler, LabelledImage
+from jobs.dataset import SHARED_MEMORY, CropSampler, LabelledImage, processes_with_room
 from jobs.models import fetch_model
 from jobs.provenance import provenance
 from jobs.stream import streamed_batches
@@ -89,15 +89,26 @@ class Worker:
         self.init: str | None = settings["init"]
         self.steps_per_epoch: int = settings["steps_per_epoch"]
         self.device = get_device()
-        self.num_processes = settings["threads"]  # that make crops; a worker without a GPU needs its cores itself
         if self.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
-            self.num_processes = 0
         self.environment = provenance()
         self.val = ray.get(settings["val"])
         self.sampler = CropSampler(ray.get(settings["train"]), self.config) if settings["train"] else None
         log = RunLog(self.run_uri) if self.rank == 0 else None
         self.progress = Progress(log, self.config.epochs, self.steps_per_epoch)
+        self.num_processes = 0  # that make crops; a worker without a GPU needs its cores itself
+        if self.sampler is not None and self.device.type != "cpu":
+            self.num_processes = self._with_room(settings["threads"], context.get_local_world_size())
+
+    def _with_room(self, num_processes: int, num_here: int) -> int:
+        """As many of the processes that make crops as shared memory has room for, with so many workers on this node."""
+        room = processes_with_room(self.config, self.world_size, num_here)
+        if room < num_processes:
+            self.progress.tell(
+                f"{SHARED_MEMORY} has room for the batches of {room} processes that make crops, not {num_processes}: "
+                "fewer make them, which takes longer; give a container more with --shm-size"
+            )
+        return min(room, num_processes)
 
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""

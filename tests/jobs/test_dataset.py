@@ -19,7 +19,15 @@ import torch
 from PIL import Image
 
 from jobs.contract import SynthConfig, TrainConfig
-from jobs.dataset import CropSampler, LabelledImage, MappedImages, load, node_memory_bytes, open_labelled_set
+from jobs.dataset import (
+    CropSampler,
+    LabelledImage,
+    MappedImages,
+    load,
+    node_memory_bytes,
+    open_labelled_set,
+    processes_with_room,
+)
 from jobs.synth import run as synthesise
 from tests.fresh import in_a_fresh_process
 from unetpp.config import ModelConfig
@@ -333,6 +341,18 @@ def processes_end_with_one_that_is_killed(data_dir: Path) -> None:
 )
 def test_processes_make_crops(data_dir: Path, work: Callable[..., None], args: tuple[int, ...]) -> None:
     in_a_fresh_process(work, data_dir, *args)
+
+
+def test_no_more_processes_make_crops_than_shared_memory_has_room_for(data_dir: Path) -> None:
+    asked = train_config(data_dir)
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    whole, half = (next(CropSampler(images, asked).batches(0, 1, 0, number)) for number in (1, 2))
+    batch_bytes, half_bytes = (sum(part.nbytes for part in batch) for batch in (whole, half))
+    assert processes_with_room(asked, 1, 1, free_bytes=6 * batch_bytes) == 3
+    assert processes_with_room(asked, 1, 1, free_bytes=2 * batch_bytes - 1) == 0
+    assert processes_with_room(asked, 2, 1, free_bytes=6 * half_bytes) == 3
+    assert processes_with_room(asked, 2, 2, free_bytes=6 * batch_bytes) == 3
+    assert processes_with_room(asked.model_copy(update={"batch_size": 10**9}), 1, 1) == 0
 
 
 def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:

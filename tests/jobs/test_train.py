@@ -27,6 +27,7 @@ from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
 from jobs.train import NEVER_RETRIED, _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
+from jobs.train_records import Progress, RunLog
 from jobs.train_worker import Worker, train_worker
 from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
 from tests.fresh import in_a_fresh_process
@@ -234,6 +235,15 @@ def processes_that_make_crops_end_where_a_step_fails(data_dir: Path) -> None:
 
 def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path) -> None:
     in_a_fresh_process(processes_that_make_crops_end_where_a_step_fails, data_dir)
+
+
+def test_a_worker_says_that_shared_memory_is_too_small(data_dir: Path, tmp_path: Path) -> None:
+    worker = Worker.__new__(Worker)
+    worker.config, worker.world_size = config(data_dir, "unused", batch_size=10**9), 1
+    worker.progress = Progress(RunLog(str(tmp_path)), 1, 1)
+    assert worker._with_room(0, 1) == worker._with_room(8, 1) == 0
+    (line,) = worker.progress.log.lines()  # type: ignore[union-attr]
+    assert "/dev/shm has room for the batches of 0 processes that make crops, not 8: fewer make them" in line
 
 
 def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
