@@ -1,11 +1,13 @@
 """What this machine computes on."""
 
+import math
 import os
 from pathlib import Path
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """What the drivers of GPUs make; without one of them there is no need to ask torch, which takes seconds to load."""
 CPU_INFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def has_gpu() -> bool:
@@ -15,6 +17,19 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def num_cpus() -> int:
+    """CPUs that this process may keep busy: those it is bound to, or its container's share of their time where less."""
+    number = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of control groups v2 and v1
+        try:
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
+        except OSError:
+            continue
+        if quota.isdecimal():  # else it is max, or -1
+            number = min(number, math.ceil(int(quota) / int(period)))
+    return number
 
 
 def cpu_flags() -> frozenset[str]:
