@@ -204,6 +204,9 @@ class Worker:
 
     def _validate(self, model: UNetPlusPlus) -> dict[str, float]:
         """Mean per-image IoU of every level and of accurate mode, over the images of all workers."""
+        if self.world_size > 1:
+            for buffer in model.buffers():  # those that are saved: every worker has statistics of its own
+                dist.broadcast(buffer, src=0)
         model.eval()
         names = [f"L{level}" for level in model.config.head_levels]
         names += ["accurate"] if len(names) > 1 else []

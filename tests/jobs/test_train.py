@@ -29,12 +29,14 @@ from jobs.synth import run as synthesise
 from jobs.train import NEVER_RETRIED, _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
 from jobs.train_records import Progress, RunLog
 from jobs.train_worker import Worker, train_worker
-from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
+from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights, trained_network
 from tests.fresh import in_a_fresh_process
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError
 from unetpp.loss import deep_supervision_loss
+from unetpp.measuring import masks_by_level
+from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -143,6 +145,21 @@ def test_two_workers_equal_one_with_frozen_statistics(data_dir: Path, tmp_path: 
     before, after = from_pretrained(first.model_uri).state_dict(), from_pretrained(two.model_uri).state_dict()
     assert torch.equal(before["nodes.x00.1.running_mean"], after["nodes.x00.1.running_mean"])
     assert not torch.equal(before["nodes.x00.0.weight"], after["nodes.x00.0.weight"])
+
+
+def test_what_several_workers_validate_is_what_they_save(tmp_path: Path) -> None:
+    synthesise(SynthConfig(out=str(tmp_path / "data"), num=40, size=64, seed=5))
+    asked = config(tmp_path / "data", tmp_path, epochs=1, steps_per_epoch=10, num_workers=2)
+    found = checkpoints.newest(str(tmp_path / run(asked).run))
+    assert found is not None
+    saved, state = found
+    network = trained_network(asked.model, state)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for image in load(open_labelled_set(asked.data).split("val"), asked.model):
+        for name, mask_HW in masks_by_level(network, image.image_HWC).items():
+            scores[name].append(iou(confusion_counts(mask_HW, image.target_HW, 1)))
+    assert len(scores["L2"]) > 1
+    assert saved.metrics.val_iou == pytest.approx({name: np.mean(each) for name, each in scores.items()}, abs=1e-6)
 
 
 def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> None:
