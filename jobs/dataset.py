@@ -339,7 +339,7 @@ def _by_processes(parts: _Parts, num_steps: int, num_processes: int) -> Generato
         parts,
         batch_size=None,
         sampler=range(num_steps),
-        num_workers=num_processes,
+        num_workers=min(num_processes, num_steps),
         prefetch_factor=BATCHES_AHEAD,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork",

@@ -303,11 +303,13 @@ def processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
             assert torch.equal(same_target, target)
 
 
-def processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: Path, num_processes: int) -> None:
+def processes_make_crops_where_asked_for_and_end_with_the_epoch(
+    data_dir: Path, num_processes: int, num_steps: int = 1000
+) -> None:
     images = load(open_labelled_set(str(data_dir)).samples, MODEL)
-    batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, num_processes)
+    batches = CropSampler(images, train_config(data_dir)).batches(0, num_steps, 0, 1, num_processes)
     next(batches)
-    assert len(multiprocessing.active_children()) == num_processes
+    assert len(multiprocessing.active_children()) == min(num_processes, num_steps)
     batches.close()
     assert not multiprocessing.active_children()
 
@@ -336,6 +338,7 @@ def processes_end_with_one_that_is_killed(data_dir: Path) -> None:
         (processes_make_the_crops_that_a_thread_makes, ()),
         (processes_make_crops_where_asked_for_and_end_with_the_epoch, (0,)),
         (processes_make_crops_where_asked_for_and_end_with_the_epoch, (2,)),
+        (processes_make_crops_where_asked_for_and_end_with_the_epoch, (3, 2)),
         (processes_end_with_one_that_is_killed, ()),
     ],
 )
