@@ -138,5 +138,13 @@ def tidy(run_uri: str, keep: int) -> None:
             storage.delete(_uri(run_uri, found.key))
 
 
+def remove(run_uri: str, step: int) -> None:
+    """Remove the checkpoints of so many steps or more."""
+    for checkpoint in complete(run_uri):
+        if checkpoint.metrics.step >= step:
+            for name in (checkpoint.name, checkpoint.state):  # a state without its record is passed over
+                storage.delete(_uri(run_uri, name))
+
+
 def _uri(run_uri: str, name: str) -> str:
     return storage.join(run_uri, "checkpoints", name)

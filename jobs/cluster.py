@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 
+from unetpp import devices
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour Ray is moving to; unset, it warns at every start
@@ -51,7 +53,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         _set_where_unset(UNWATCHED)
         ray.init(
             address="local",
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            num_cpus=max(num_cpus, devices.num_cpus()),
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,

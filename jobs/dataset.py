@@ -4,6 +4,7 @@ Images are decoded once: into memory, or into one file of the node (`jobs.array_
 """
 
 import gc
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ from unetpp.torch_engine import scale
 NUM_READERS = 8
 MEMORY_SHARE = 0.25
 """Decoded images that take more than this share of the node's memory go to a file, with `cache` auto."""
+
+SHARED_MEMORY = "/dev/shm"
+BATCHES_AHEAD = 2
+"""So many of each process that makes crops may wait in shared memory."""
 
 
 class LabelledImage:
@@ -203,6 +208,17 @@ def node_memory_bytes() -> int:
     return min(limits)
 
 
+def processes_with_room(config: TrainConfig, num_workers: int, num_here: int, free_bytes: int | None = None) -> int:
+    """Processes a worker whose batches fit into shared memory, which `num_here` of all workers share.
+
+    A batch that does not fit kills its process. `free_bytes`: default: asked of the system.
+    """
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free if free_bytes is None else free_bytes
+    crop_bytes = config.crop_px**2 * (4 * config.model.in_channels + 1)  # float32, and the class ids
+    batch_bytes = -(-config.batch_size // num_workers) * crop_bytes
+    return free_bytes // num_here // (BATCHES_AHEAD * batch_bytes)
+
+
 def scaled(image_HWC: NDArray[np.generic], model: ModelConfig) -> NDArray[np.float32]:
     """File values -> float32 HWC, 0..1 over the value range: the same arithmetic as at prediction."""
     x_1CHW = scale(torch.from_numpy(np.array(image_HWC))[None], model)
@@ -323,8 +339,8 @@ def _by_processes(parts: _Parts, num_steps: int, num_processes: int) -> Generato
         parts,
         batch_size=None,
         sampler=range(num_steps),
-        num_workers=num_processes,
-        prefetch_factor=2,
+        num_workers=min(num_processes, num_steps),
+        prefetch_factor=BATCHES_AHEAD,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork",
         worker_init_fn=lambda _: gc.freeze(),

@@ -4,11 +4,10 @@ Nothing is timed: a night's shards are planned where the driver runs, which may 
 guess that is wrong makes shards that take longer or shorter, never wrong masks.
 """
 
-import os
-
 from jobs.contract import PredictConfig
 from jobs.planning import LARGEST, ShardSize
 from unetpp.config import ModelConfig
+from unetpp.devices import num_cpus
 from unetpp.weights import kmacs_per_pixel
 
 SECONDS, LEAST_SECONDS = 30.0, 2.0
@@ -34,7 +33,7 @@ MIRRORED = 4
 
 def shard_size(config: PredictConfig, model: ModelConfig) -> ShardSize:
     """The size of a shard for a config whose engine is resolved, and the network as it is computed."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cpus()
     threads = config.threads or (1 if config.backend == "ray" else cores)
     num_workers = config.num_workers or (1 if config.backend == "inline" else max(1, cores // threads))
     macs_per_s, macs_per_pixel = _macs_per_s(config, threads), _macs_per_pixel(config, model)

@@ -19,8 +19,10 @@ from collections.abc import Mapping, Sequence
 import ray
 import ray.train
 from ray.data import Dataset
+from ray.exceptions import RayTaskError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -41,6 +43,7 @@ from jobs.training import trained_network
 from unetpp.allocator import KEEP_FREED
 from unetpp.checkpoint import Pretrained, digest, from_pretrained, save_pretrained
 from unetpp.config import ModelConfig
+from unetpp.devices import has_gpu
 from unetpp.errors import ConfigError, ModelError, StorageError, UnetppError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +98,7 @@ def run(config: TrainConfig) -> TrainResult:
         len(val),
         config.epochs * steps_per_epoch,
     )
-    with local_ray(config.worker_bounds[1] * (config.threads_per_worker or 1) + _num_readers(config)):
+    with local_ray(config.worker_bounds[0] * (config.threads_per_worker or 1) + _num_readers(config)):
         place = storage.canonical(run_uri)  # workers are in folders of their own
         stream = crop_stream(samples, config, steps_per_epoch, place) if train is None else None
         _fit(config, place, train, stream, val, steps_per_epoch)
@@ -140,6 +143,13 @@ def _num_readers(config: TrainConfig) -> int:
     return 2 if config.cache == "stream" else 0  # one lists what is to be cut, one cuts
 
 
+def _uses_gpu(config: TrainConfig) -> bool:
+    """What device auto means. Ray finds GPUs by their driver: on this machine torch must be made for them, too."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    return ray.cluster_resources().get("GPU", 0) >= 1 and (is_cluster() or has_gpu())
+
+
 def _threads(config: TrainConfig, use_gpu: bool) -> int:
     """CPU threads of a worker, which make crops where it has a GPU: what was asked for, else its share of a node.
 
@@ -149,10 +159,14 @@ def _threads(config: TrainConfig, use_gpu: bool) -> int:
     if use_gpu and config.cache == "stream":
         return 1  # Ray Data makes the crops, with what is left of the CPUs
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [int(has.get("CPU", 0)) for has in nodes if not use_gpu or has.get("GPU", 0) >= 1]
+    fewest, most = config.worker_bounds
+    if use_gpu:
+        nodes = [has for has in nodes if has.get("GPU", 0) >= 1]
+        most = min(most, max(fewest, int(sum(has["GPU"] for has in nodes))))
+    cpus = [int(has.get("CPU", 0)) for has in nodes]
     largest, num_nodes = max(cpus, default=0), max(1, sum(number > 0 for number in cpus))
     if config.threads_per_worker is None:
-        return max(1, (largest - _num_readers(config)) // math.ceil(config.worker_bounds[1] / num_nodes))
+        return max(1, (largest - _num_readers(config)) // math.ceil(most / num_nodes))
     if 0 < largest < config.threads_per_worker:
         raise ConfigError(
             f"threads_per_worker {config.threads_per_worker} is more than the {largest} CPUs of the largest node; "
@@ -189,7 +203,7 @@ def _fit(
     found = checkpoints.newest(run_uri)
     if is_over(config, found[0].history if found else ()):
         return
-    use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    use_gpu = _uses_gpu(config)
     with storage.arrow(run_uri) as (filesystem, storage_path):
         pass
     threads = _threads(config, use_gpu)
@@ -238,11 +252,19 @@ def _fit(
     except ControllerError as error:
         if isinstance(error.controller_failure, NEVER_RETRIED):
             raise error.controller_failure from None
-        each = " and ".join(f"{number} {name}" for name, number in of_each.items())
-        raise UnetppError(
-            f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {fewest} with {each} each "
-            f"({error}); make room for them in the cluster, or ask for less, then the same command goes on from here"
-        ) from error
+        raise UnetppError(_without_workers(error.controller_failure, fewest, of_each)) from error
+
+
+def _without_workers(error: Exception, num_workers: int, of_each: Mapping[str, int]) -> str:
+    """The sentence for what Ray Train met itself, not in a worker."""
+    if not isinstance(error, WorkerGroupStartupTimeoutError):
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return f"Ray Train gave up ({type(cause).__name__}: {cause}); once that is mended, the same command goes on"
+    each = " and ".join(f"{number} {name}" for name, number in of_each.items())
+    return (
+        f"the workers could not start within {MAX_MINUTES_WITHOUT_ROOM} minutes: wanted {num_workers} with {each} each "
+        f"({error}); make room for them in the cluster, or ask for less, then the same command goes on from here"
+    )
 
 
 def _export(

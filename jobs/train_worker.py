@@ -16,7 +16,7 @@ from ray.train.torch import get_device, prepare_model
 from jobs import checkpoints
 from jobs.checkpoints import EpochMetrics
 from jobs.contract import TrainConfig
-from jobs.dataset import CropSampler, LabelledImage
+from jobs.dataset import SHARED_MEMORY, CropSampler, LabelledImage, processes_with_room
 from jobs.models import fetch_model
 from jobs.provenance import provenance
 from jobs.stream import streamed_batches
@@ -37,7 +37,17 @@ History = tuple[EpochMetrics, ...]
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train from the newest checkpoint to the end of the run."""
+    """Train from the newest checkpoint to the end of the run. ConfigError where a GPU has too little memory for it."""
+    try:
+        _train(settings)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU has too little memory ({error}); lower batch_size or micro_batch, set recompute, or a precision "
+            "of bfloat16 or float16"
+        ) from None
+
+
+def _train(settings: dict[str, Any]) -> None:
     worker = Worker(settings)
     history = worker.resume()
     num_diverged = 0
@@ -45,6 +55,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         try:
             history = worker.epoch(history)
         except DivergedError as error:
+            worker.remove_diverged()
             num_diverged += 1
             if num_diverged > MAX_DIVERGED:
                 rate = worker.state.learning_rate
@@ -52,7 +63,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                     f"{error}, {num_diverged} times, the last at a learning rate of {rate:.2g}; lower learning_rate, "
                     "set max_gradient_norm, or look for broken values in the data"
                 ) from None
-            worker.progress.tell(f"{error}: going back to the last checkpoint, with half the learning rate")
+            worker.progress.tell(f"{error}: going back to the last checkpoint before them, with half the learning rate")
             history = worker.resume(worker.state.learning_rate_factor / 2)
     ray.train.report(history[-1].model_dump(mode="json"))  # once: it waits for the controller, for seconds
 
@@ -78,15 +89,26 @@ class Worker:
         self.init: str | None = settings["init"]
         self.steps_per_epoch: int = settings["steps_per_epoch"]
         self.device = get_device()
-        self.num_processes = settings["threads"]  # that make crops; a worker without a GPU needs its cores itself
         if self.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
-            self.num_processes = 0
         self.environment = provenance()
         self.val = ray.get(settings["val"])
         self.sampler = CropSampler(ray.get(settings["train"]), self.config) if settings["train"] else None
         log = RunLog(self.run_uri) if self.rank == 0 else None
         self.progress = Progress(log, self.config.epochs, self.steps_per_epoch)
+        self.num_processes = 0  # that make crops; a worker without a GPU needs its cores itself
+        if self.sampler is not None and self.device.type != "cpu":
+            self.num_processes = self._with_room(settings["threads"], context.get_local_world_size())
+
+    def _with_room(self, num_processes: int, num_here: int) -> int:
+        """As many of the processes that make crops as shared memory has room for, with so many workers on this node."""
+        room = processes_with_room(self.config, self.world_size, num_here)
+        if room < num_processes:
+            self.progress.tell(
+                f"{SHARED_MEMORY} has room for the batches of {room} processes that make crops, not {num_processes}: "
+                "fewer make them, which takes longer; give a container more with --shm-size"
+            )
+        return min(room, num_processes)
 
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
@@ -105,6 +127,13 @@ class Worker:
             self.state.slow_down(learning_rate_factor)
         self._started = time.monotonic() - self.state.seconds
         return history
+
+    def remove_diverged(self) -> None:
+        """Remove the checkpoints after which no step had a finite gradient: from there it would diverge again."""
+        if self.rank == 0:
+            checkpoints.remove(self.run_uri, self.state.num_steps_done - self.state.skipped_in_a_row)
+        if self.world_size > 1:
+            dist.barrier()  # until then the others may still find them
 
     def epoch(self, history: History) -> History:
         """Train an epoch, validate, save; the history with it."""
@@ -175,6 +204,9 @@ class Worker:
 
     def _validate(self, model: UNetPlusPlus) -> dict[str, float]:
         """Mean per-image IoU of every level and of accurate mode, over the images of all workers."""
+        if self.world_size > 1:
+            for buffer in model.buffers():  # those that are saved: every worker has statistics of its own
+                dist.broadcast(buffer, src=0)
         model.eval()
         names = [f"L{level}" for level in model.config.head_levels]
         names += ["accurate"] if len(names) > 1 else []

@@ -42,8 +42,8 @@ class TrainingState:
     ) -> None:
         """`share` makes the network one of several that train together, such as Ray Train's `prepare_model`."""
         self.config, self.device, self.num_steps = config, device, num_steps
-        self.seconds, self.num_skipped, self.learning_rate_factor = 0.0, 0, 1.0
-        self._skipped_in_a_row = 0
+        self.seconds, self.learning_rate_factor = 0.0, 1.0
+        self.num_skipped, self.skipped_in_a_row = 0, 0
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_warmed_up_average(config.ema_decay), use_buffers=True)
         self._trained = share(self.network)
@@ -78,6 +78,7 @@ class TrainingState:
         content["counters"] = {
             "seconds": self.seconds,
             "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "learning_rate_factor": self.learning_rate_factor,
         }
         buffer = io.BytesIO()
@@ -117,6 +118,7 @@ class TrainingState:
         The parts of all workers add up to the mean loss of the whole batch, however it was shared out. A step whose
         gradient is not finite changes nothing; DivergedError after MAX_SKIPPED of them in a row.
         """
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
         self.optimiser.zero_grad(set_to_none=True)
         losses = []
         for number, (x_BCHW, target_BHW) in enumerate(micro_batches, start=1):
@@ -128,15 +130,17 @@ class TrainingState:
         self._scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm or math.inf)
         if bool(norm.isfinite()):
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             self._scaler.step(self.optimiser)
             self.average.update_parameters(self.network)
         else:
-            self.num_skipped, self._skipped_in_a_row = self.num_skipped + 1, self._skipped_in_a_row + 1
-            if self._skipped_in_a_row > MAX_SKIPPED:
-                raise DivergedError(f"{MAX_SKIPPED} steps in a row had no finite gradient")
+            self.num_skipped, self.skipped_in_a_row = self.num_skipped + 1, self.skipped_in_a_row + 1
+            for buffer, value in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(value)  # the forward has taken them from what was not finite
         self._scaler.update()
         self.schedule.step()
+        if self.skipped_in_a_row > MAX_SKIPPED:
+            raise DivergedError(f"{MAX_SKIPPED} steps in a row had no finite gradient")
         return torch.stack(losses).sum()
 
     def _loss(self, x_BCHW: Tensor, target_BHW: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What this machine computes on."""
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ from unetpp.errors import DeviceError
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """What the drivers of GPUs make; without one of them there is no need to ask torch, which takes seconds to load."""
 CPU_INFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
 CUDA_BYTES = 768 << 20
 """Of a GPU's memory that each process takes beside what torch allocates."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
@@ -22,6 +24,19 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def num_cpus() -> int:
+    """CPUs that this process may keep busy: those it is bound to, or its container's share of their time where less."""
+    number = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of control groups v2 and v1
+        try:
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
+        except OSError:
+            continue
+        if quota.isdecimal():  # else it is max, or -1
+            number = min(number, math.ceil(int(quota) / int(period)))
+    return number
 
 
 def share_gpu(share: float) -> None:

@@ -1,6 +1,7 @@
 """Training that is broken on purpose: it ends with the weights of an undisturbed run, after as many steps."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -95,21 +96,32 @@ def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> 
         time.sleep(0.02)
 
 
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Those that train."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any("RayTrainWorker" in word for word in child.cmdline())]
+
+
 def test_a_worker_killed_in_mid_epoch_changes_nothing(
     config_file: Path, undisturbed: TrainResult, tmp_path: Path, run_unetpp: Start
 ) -> None:
     process = run_unetpp("train", "--config", config_file, "--output", tmp_path)
     wait_for_epoch(process, tmp_path, 1)
     time.sleep(0.3)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any("RayTrainWorker" in word for word in child.cmdline())
-    ]
-    assert len(workers) == 2
-    workers[1].kill()
+    _, second = workers(process)
+    second.kill()
     ended(process)
     assert_same(trained(tmp_path), undisturbed)
+
+
+def test_no_more_workers_than_cpus_start_where_one_is_enough(
+    config_file: Path, tmp_path: Path, run_unetpp: Start
+) -> None:
+    elastic = tmp_path / "elastic.yaml"
+    elastic.write_text(json.dumps(json.loads(config_file.read_text()) | {"num_workers": [1, 8], "device": "cpu"}))
+    process = run_unetpp("train", "--config", elastic, "--output", tmp_path)
+    wait_for_epoch(process, tmp_path, 0)
+    assert 1 <= len(workers(process)) <= len(os.sched_getaffinity(0))
 
 
 def test_a_driver_killed_in_mid_epoch_changes_nothing(

@@ -87,6 +87,14 @@ def test_the_last_one_and_the_best_of_the_others_are_kept(place: str) -> None:
     assert len(list(storage.list_objects(storage.join(place, "checkpoints")))) == 4
 
 
+def test_those_from_a_step_on_are_removed(place: str) -> None:
+    for number in range(3):
+        save(place, [0.5, 0.7, 0.7], number)
+    checkpoints.remove(place, step=20)  # the second was saved after as many
+    assert epochs(place) == [0]
+    assert len(list(storage.list_objects(storage.join(place, "checkpoints")))) == 2
+
+
 def test_the_table_of_epochs_has_a_line_an_epoch() -> None:
     lines = epochs_csv([metrics(0, 0.25), metrics(1, 0.5)]).decode().splitlines()
     assert lines[0] == "epoch,step,loss,learning_rate,L1,accurate,mean,skipped,seconds"

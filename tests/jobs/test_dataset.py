@@ -19,7 +19,15 @@ import torch
 from PIL import Image
 
 from jobs.contract import SynthConfig, TrainConfig
-from jobs.dataset import CropSampler, LabelledImage, MappedImages, load, node_memory_bytes, open_labelled_set
+from jobs.dataset import (
+    CropSampler,
+    LabelledImage,
+    MappedImages,
+    load,
+    node_memory_bytes,
+    open_labelled_set,
+    processes_with_room,
+)
 from jobs.synth import run as synthesise
 from tests.fresh import in_a_fresh_process
 from unetpp.config import ModelConfig
@@ -295,11 +303,13 @@ def processes_make_the_crops_that_a_thread_makes(data_dir: Path) -> None:
             assert torch.equal(same_target, target)
 
 
-def processes_make_crops_where_asked_for_and_end_with_the_epoch(data_dir: Path, num_processes: int) -> None:
+def processes_make_crops_where_asked_for_and_end_with_the_epoch(
+    data_dir: Path, num_processes: int, num_steps: int = 1000
+) -> None:
     images = load(open_labelled_set(str(data_dir)).samples, MODEL)
-    batches = CropSampler(images, train_config(data_dir)).batches(0, 1000, 0, 1, num_processes)
+    batches = CropSampler(images, train_config(data_dir)).batches(0, num_steps, 0, 1, num_processes)
     next(batches)
-    assert len(multiprocessing.active_children()) == num_processes
+    assert len(multiprocessing.active_children()) == min(num_processes, num_steps)
     batches.close()
     assert not multiprocessing.active_children()
 
@@ -328,11 +338,24 @@ def processes_end_with_one_that_is_killed(data_dir: Path) -> None:
         (processes_make_the_crops_that_a_thread_makes, ()),
         (processes_make_crops_where_asked_for_and_end_with_the_epoch, (0,)),
         (processes_make_crops_where_asked_for_and_end_with_the_epoch, (2,)),
+        (processes_make_crops_where_asked_for_and_end_with_the_epoch, (3, 2)),
         (processes_end_with_one_that_is_killed, ()),
     ],
 )
 def test_processes_make_crops(data_dir: Path, work: Callable[..., None], args: tuple[int, ...]) -> None:
     in_a_fresh_process(work, data_dir, *args)
+
+
+def test_no_more_processes_make_crops_than_shared_memory_has_room_for(data_dir: Path) -> None:
+    asked = train_config(data_dir)
+    images = load(open_labelled_set(str(data_dir)).samples, MODEL)
+    whole, half = (next(CropSampler(images, asked).batches(0, 1, 0, number)) for number in (1, 2))
+    batch_bytes, half_bytes = (sum(part.nbytes for part in batch) for batch in (whole, half))
+    assert processes_with_room(asked, 1, 1, free_bytes=6 * batch_bytes) == 3
+    assert processes_with_room(asked, 1, 1, free_bytes=2 * batch_bytes - 1) == 0
+    assert processes_with_room(asked, 2, 1, free_bytes=6 * half_bytes) == 3
+    assert processes_with_room(asked, 2, 2, free_bytes=6 * batch_bytes) == 3
+    assert processes_with_room(asked.model_copy(update={"batch_size": 10**9}), 1, 1) == 0
 
 
 def test_groups_are_drawn_by_their_weights(data_dir: Path) -> None:

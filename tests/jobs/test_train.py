@@ -1,6 +1,7 @@
 """Training on a real Ray: it learns, resumes by name, starts anew when something changed, and adds up over workers."""
 
 import csv
+import io
 import json
 import logging
 import multiprocessing
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from tensorboardX.proto import event_pb2
 
 from jobs import checkpoints
@@ -23,14 +26,17 @@ from jobs.contract import PruneConfig, SynthConfig, TrainConfig, TrainResult
 from jobs.dataset import CropSampler, load, open_labelled_set
 from jobs.prune import run as prune
 from jobs.synth import run as synthesise
-from jobs.train import _threads, look_for_room, run, tell_other_reading
-from jobs.train_worker import Worker
-from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights
+from jobs.train import NEVER_RETRIED, _threads, _uses_gpu, _without_workers, look_for_room, run, tell_other_reading
+from jobs.train_records import Progress, RunLog
+from jobs.train_worker import Worker, train_worker
+from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_network, take_weights, trained_network
 from tests.fresh import in_a_fresh_process
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError
 from unetpp.loss import deep_supervision_loss
+from unetpp.measuring import masks_by_level
+from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -141,6 +147,21 @@ def test_two_workers_equal_one_with_frozen_statistics(data_dir: Path, tmp_path: 
     assert not torch.equal(before["nodes.x00.0.weight"], after["nodes.x00.0.weight"])
 
 
+def test_what_several_workers_validate_is_what_they_save(tmp_path: Path) -> None:
+    synthesise(SynthConfig(out=str(tmp_path / "data"), num=40, size=64, seed=5))
+    asked = config(tmp_path / "data", tmp_path, epochs=1, steps_per_epoch=10, num_workers=2)
+    found = checkpoints.newest(str(tmp_path / run(asked).run))
+    assert found is not None
+    saved, state = found
+    network = trained_network(asked.model, state)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for image in load(open_labelled_set(asked.data).split("val"), asked.model):
+        for name, mask_HW in masks_by_level(network, image.image_HWC).items():
+            scores[name].append(iou(confusion_counts(mask_HW, image.target_HW, 1)))
+    assert len(scores["L2"]) > 1
+    assert saved.metrics.val_iou == pytest.approx({name: np.mean(each) for name, each in scores.items()}, abs=1e-6)
+
+
 def test_a_pruned_network_is_trained_further(data_dir: Path, tmp_path: Path) -> None:
     full = run(config(data_dir, tmp_path, epochs=1))
     pruned = prune(PruneConfig(model=full.model_uri, out=str(tmp_path / "pruned"), level=1))
@@ -233,13 +254,45 @@ def test_processes_that_make_crops_end_where_a_step_fails(data_dir: Path) -> Non
     in_a_fresh_process(processes_that_make_crops_end_where_a_step_fails, data_dir)
 
 
+def test_a_worker_says_that_shared_memory_is_too_small(data_dir: Path, tmp_path: Path) -> None:
+    worker = Worker.__new__(Worker)
+    worker.config, worker.world_size = config(data_dir, "unused", batch_size=10**9), 1
+    worker.progress = Progress(RunLog(str(tmp_path)), 1, 1)
+    assert worker._with_room(0, 1) == worker._with_room(8, 1) == 0
+    (line,) = worker.progress.log.lines()  # type: ignore[union-attr]
+    assert "/dev/shm has room for the batches of 0 processes that make crops, not 8: fewer make them" in line
+
+
 def test_a_worker_on_a_gpu_has_its_share_of_a_node_with_gpus(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}]
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": has} for has in resources])
     asked = config(data_dir, "unused", num_workers=4, threads_per_worker=None)
     assert _threads(asked, use_gpu=True) == 8
     assert _threads(asked, use_gpu=False) == 32
+    elastic = config(data_dir, "unused", num_workers=[1, 16], batch_size=16, threads_per_worker=None)
+    assert _threads(elastic, use_gpu=True) == 8, "no more than four find a GPU"
     assert _threads(asked.model_copy(update={"cache": "stream"}), use_gpu=True) == 1, "Ray Data needs the others"
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_auto_wants_a_torch_that_can_use_the_gpu_of_this_machine(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, is_cluster: bool
+) -> None:
+    asked = config(data_dir, "unused")
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
+    if is_cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "here")
+    assert _uses_gpu(asked) == (is_cluster or torch.cuda.is_available())
+    assert _uses_gpu(asked.model_copy(update={"device": "cuda"}))
+
+
+def test_only_workers_without_room_are_said_to_lack_it() -> None:
+    room, nccl = WorkerGroupStartupTimeoutError(2), ValueError("ProcessGroupNCCL is only supported with GPUs")
+    said = _without_workers(room, 2, {"CPU": 4, "GPU": 1})
+    assert "could not start within 15 minutes: wanted 2 with 4 CPU and 1 GPU each" in said
+    for error in (nccl, RayTaskError("on_start", "ray::on_start()\nTraceback", nccl)):
+        said = _without_workers(error, 2, {"CPU": 4, "GPU": 1})
+        assert said.startswith("Ray Train gave up (ValueError: ProcessGroupNCCL is only supported with GPUs); once")
 
 
 def test_without_a_better_validation_training_ends_early(data_dir: Path, tmp_path: Path) -> None:
@@ -252,15 +305,16 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_a_row_of_them_ends
     state = TrainingState(asked, 6, first_network(asked), torch.device("cpu"), lambda alone: alone)
     state.train()
     x, target = torch.rand(4, 3, 32, 32), torch.zeros(4, 32, 32, dtype=torch.uint8)
-    before = {name: weights.clone() for name, weights in state.network.named_parameters()}
+    state.step([(x, target)], 1)
+    before = {name: value.clone() for name, value in state.network.state_dict().items()}
     assert state.step([(x * torch.nan, target)], 1).isnan()
-    assert all(torch.equal(weights, before[name]) for name, weights in state.network.named_parameters())
-    assert (state.num_skipped, state.num_steps_done) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in state.network.state_dict().items())
+    assert (state.num_skipped, state.num_steps_done) == (1, 2)
     for _ in range(MAX_SKIPPED - 1):
         state.step([(x * torch.nan, target)], 1)
     with pytest.raises(DivergedError):
         state.step([(x * torch.nan, target)], 1)
-    assert all(weights.isfinite().all() for weights in state.network.parameters())
+    assert all(value.isfinite().all() for value in state.network.state_dict().values())
 
 
 def test_the_records_hold_every_step(data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -336,11 +390,45 @@ def test_changed_settings_or_data_never_resume_old_weights(data_dir: Path, tmp_p
     assert same.run_fingerprint() == first.run_fingerprint()
 
 
-def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps_per_epoch", [20, 3])
+def test_a_loss_that_is_not_finite_ends_in_a_sentence(data_dir: Path, tmp_path: Path, steps_per_epoch: int) -> None:
+    asked = {"learning_rate": 1e30, "warmup_steps": 0, "epochs": 20, "steps_per_epoch": steps_per_epoch}
     with pytest.raises(ConfigError, match=r"10 steps in a row had no finite gradient, 4 times.*lower learning_rate"):
-        run(config(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, steps_per_epoch=20))
+        run(config(data_dir, tmp_path, **asked))
     (log,) = tmp_path.glob("*/records/log.txt")
     assert log.read_text().count("going back to the last checkpoint") == 3  # no worker was started anew
+    assert not list(tmp_path.glob("*/checkpoints/*")), "the same command would go on from broken weights"
+
+
+def test_training_goes_back_to_before_its_weights_broke(data_dir: Path, tmp_path: Path) -> None:
+    asked = config(data_dir, tmp_path, epochs=4, steps_per_epoch=6, keep_checkpoints=4, num_workers=2)
+    first = run(asked)
+    run_uri = str(tmp_path / first.run)
+    shutil.rmtree(first.model_uri)
+    second = checkpoints.complete(run_uri)[2]
+    state = checkpoints.read_state(run_uri, second)
+    assert state is not None
+    saved = torch.load(io.BytesIO(state), weights_only=True)
+    saved["model"]["nodes.x00.0.weight"].fill_(torch.nan)  # by the last step of its epoch
+    broken = io.BytesIO()
+    torch.save(saved, broken)
+    checkpoints.remove(run_uri, second.metrics.step)
+    checkpoints.save(run_uri, broken.getvalue(), second.history)
+    again = run(asked)
+    assert (again.epochs, again.steps) == (4, 24)
+    log = (tmp_path / first.run / "records" / "log.txt").read_text()
+    assert log.count("going back to the last checkpoint before them") == 1
+    last, *_ = checkpoints.complete(run_uri)
+    assert last.metrics.num_skipped == 0
+
+
+def test_a_gpu_without_memory_is_told_and_never_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: dict[str, Any]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("jobs.train_worker.Worker", full)
+    with pytest.raises(NEVER_RETRIED, match=r"20.00 GiB.\); lower batch_size or micro_batch, set recompute"):
+        train_worker({})
 
 
 def test_a_batch_seen_again_and_again_is_learnt_at_every_head(data_dir: Path) -> None:
