@@ -69,7 +69,7 @@ class CropMaker:
     """Makes the crops of a block of places in the whole run; those of epochs that are done are left out."""
 
     def __init__(self, samples: Sequence[Sample], config: TrainConfig, num_crops: int, run_uri: str) -> None:
-        self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples)
+        self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples, OPEN_IMAGES)
         self._num_crops = num_crops
         self._order = lru_cache(maxsize=2)(lambda epoch: crop_order(self._sampler, epoch, num_crops))
         resumed = checkpoints.newest(run_uri)  # where the workers go on: a torn one is passed over here, too

@@ -1,5 +1,7 @@
 """Crops that Ray Data makes as they are needed: the same ones as from memory, each once, images read about once."""
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 
 from jobs import checkpoints
 from jobs.contract import SynthConfig, TrainConfig
-from jobs.dataset import CropSampler, load, open_labelled_set
+from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
+from jobs.labelled import Sample
 from jobs.stream import OPEN_IMAGES, CropMaker, RemoteImages, crop_order, crop_stream
 from jobs.synth import run as synthesise
 from tests.jobs.test_checkpoints import metrics
+from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError
 
 NUM_CROPS = 60
@@ -56,6 +60,24 @@ def test_every_image_is_open_once_an_epoch_and_the_order_is_another_one_in_the_n
         open_at_once = [sum(first[image] <= at <= last[image] for image in first) for at in range(500)]
         assert max(open_at_once) <= OPEN_IMAGES
         assert len(set(images[:40])) > 8  # a batch mixes them
+
+
+def test_an_image_that_is_closed_leaves_no_target_behind(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[object]] = []
+
+    def noted(samples: Sequence[Sample], model: ModelConfig) -> Sequence[LabelledImage]:
+        images = load(samples, model)
+        opened.extend(weakref.ref(image.target_HW) for image in images)
+        return images
+
+    monkeypatch.setattr("jobs.stream.load", noted)
+    samples = open_labelled_set(str(data_dir)).split("train") * 4
+    make = CropMaker(samples, config(data_dir, foreground=1.0), 200, str(tmp_path))
+    make({"id": np.arange(200)})
+    assert len(opened) > 2 * OPEN_IMAGES
+    assert sum(target() is not None for target in opened) <= OPEN_IMAGES
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["whole", "and a torn one after it"])
