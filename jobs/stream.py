@@ -17,6 +17,7 @@ import ray
 import ray.train
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from jobs import checkpoints
@@ -24,7 +25,7 @@ from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, LabelledImage, load
 from jobs.labelled import Sample
 from unetpp.config import ModelConfig
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, UnetppError
 
 STREAM = "crops"
 """The name under which Ray Train's workers find the stream."""
@@ -98,7 +99,9 @@ def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch:
             f"num_workers, and that a single number, not {config.num_workers}"
         )
     CropSampler(RemoteImages(samples, config.model), config, samples)  # refuses groups that do not fit
-    DataContext.get_current().execution_options.preserve_order = True
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # else the error of an image is hidden in one of Ray Data
     num_crops = steps_per_epoch * config.batch_size
     return ray.data.range(num_crops, override_num_blocks=-(-num_crops // BLOCK_CROPS)).map_batches(
         CropMaker,
@@ -111,5 +114,10 @@ def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch:
 def streamed_batches(config: TrainConfig, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """One worker's part of the epoch that follows the newest checkpoint: x_BCHW float32 and target_BHW uint8."""
     shard = ray.train.get_dataset_shard(STREAM)
-    for batch in shard.iter_torch_batches(batch_size=config.batch_size // world_size, drop_last=True):
-        yield batch["x"].permute(0, 3, 1, 2), batch["target"]
+    try:
+        for batch in shard.iter_torch_batches(batch_size=config.batch_size // world_size, drop_last=True):
+            yield batch["x"].permute(0, 3, 1, 2), batch["target"]
+    except RayTaskError as error:
+        if isinstance(error.cause, UnetppError):
+            raise error.cause from None  # a sentence, where Ray has a traceback
+        raise

@@ -1,5 +1,6 @@
 """Crops that Ray Data makes as they are needed: the same ones as from memory, each once, images read about once."""
 
+import shutil
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import ray.train
 from torch import Tensor
 
 from jobs import checkpoints, train_worker
-from jobs.contract import SynthConfig, TrainConfig
+from jobs.cli import run_command_line
+from jobs.contract import ExitCode, SynthConfig, TrainConfig
 from jobs.dataset import CropSampler, LabelledImage, load, open_labelled_set
 from jobs.labelled import Sample
 from jobs.stream import OPEN_IMAGES, CropMaker, RemoteImages, crop_order, crop_stream
@@ -134,6 +136,24 @@ def test_workers_train_on_the_crops_of_each_epoch_once_before_and_after_a_resump
     data_dir: Path, tmp_path: Path, num_workers: int
 ) -> None:
     in_a_fresh_process(workers_train_on_the_crops_of_each_epoch_once, data_dir, tmp_path, num_workers)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_image_that_cannot_be_decoded_ends_the_command_at_once(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.train.train_worker", train_and_note)
+    set_dir = shutil.copytree(data_dir, tmp_path / "set")
+    broken = open_labelled_set(str(set_dir)).split("train")[0].image_uri
+    Path(broken).write_bytes(b"no image")
+    asked = config(set_dir, output=str(tmp_path / "out"), num_workers=2, **STREAMED)
+    file = tmp_path / "train.yaml"
+    file.write_text(asked.model_dump_json())
+    assert run_command_line("train", ["--config", str(file)]) == ExitCode.CONFIG
+    sentence, *_ = capsys.readouterr().err.splitlines()  # Ray Data adds that it was not tried again
+    assert f"{broken} cannot be used" in sentence
+    (starts,) = tmp_path.glob("out/*/starts")
+    assert starts.read_text() == "+"
 
 
 def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(data_dir: Path, tmp_path: Path) -> None:
