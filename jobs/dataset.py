@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -235,12 +236,19 @@ class CropSampler:
     """
 
     def __init__(
-        self, images: Sequence[LabelledImage], config: TrainConfig, samples: Sequence[Sample] | None = None
+        self,
+        images: Sequence[LabelledImage],
+        config: TrainConfig,
+        samples: Sequence[Sample] | None = None,
+        num_indexed: int | None = None,
     ) -> None:
-        """`samples` are those of `images`, where it would cost to ask the images for them."""
+        """`samples` are those of `images`, where it would cost to ask the images for them.
+
+        The foreground of the last `num_indexed` images is kept, which holds their targets; default: of all images.
+        """
         self.config = config
         self.images = images
-        self._foregrounds: dict[int, Foreground] = {}
+        self._foreground = lru_cache(num_indexed)(lambda number: Foreground(images[number].target_HW))
         samples = [image.sample for image in images] if samples is None else samples
         self._cumulative = np.cumsum(self._image_probabilities(samples))
         self._cumulative[-1] = 1.0
@@ -284,11 +292,6 @@ class CropSampler:
 
     def _draw_image(self, rng: np.random.Generator) -> int:
         return int(np.searchsorted(self._cumulative, rng.random(), side="right"))
-
-    def _foreground(self, number_of_image: int) -> Foreground:
-        if number_of_image not in self._foregrounds:
-            self._foregrounds[number_of_image] = Foreground(self.images[number_of_image].target_HW)
-        return self._foregrounds[number_of_image]
 
     def index_foreground(self) -> None:
         """Index the foreground of every image now, where crops are drawn around it."""

@@ -2,12 +2,14 @@
 
 The crops of an epoch are those of `CropSampler`, by number; only their order is another one. Images are visited in a
 seeded order, some at a time, and the crops of those that are open together are mixed. So every image is read about
-once an epoch, and a resumed run sees what an undisturbed one sees. `streaming_split` shares the crops out.
+once an epoch, and a resumed run sees what an undisturbed one sees.
+
+Every epoch is a stream of its own, begun anew. `streaming_split`, which shares the crops out, knows no epochs: in a
+stream of several, some workers would be ahead of others by whole blocks, and train on crops of the next epoch.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, overload
 
 import numpy as np
@@ -15,6 +17,7 @@ import ray
 import ray.train
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from jobs import checkpoints
@@ -22,7 +25,7 @@ from jobs.contract import TrainConfig
 from jobs.dataset import CropSampler, LabelledImage, load
 from jobs.labelled import Sample
 from unetpp.config import ModelConfig
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, UnetppError
 
 STREAM = "crops"
 """The name under which Ray Train's workers find the stream."""
@@ -66,31 +69,29 @@ def crop_order(sampler: CropSampler, epoch: int, num_crops: int) -> NDArray[np.i
 
 
 class CropMaker:
-    """Makes the crops of a block of places in the whole run; those of epochs that are done are left out."""
+    """Makes the crops of a block of places in the order of the epoch that follows the newest checkpoint.
+
+    Every epoch has makers of its own. One that replaces another in mid-epoch finds the same checkpoint, since the next
+    one is written when all crops of the epoch have been trained on.
+    """
 
     def __init__(self, samples: Sequence[Sample], config: TrainConfig, num_crops: int, run_uri: str) -> None:
-        self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples)
-        self._num_crops = num_crops
-        self._order = lru_cache(maxsize=2)(lambda epoch: crop_order(self._sampler, epoch, num_crops))
-        resumed = checkpoints.newest(run_uri)  # where the workers go on: a torn one is passed over here, too
-        self._first_epoch = 0 if resumed is None else resumed[0].epoch + 1
+        self._sampler = CropSampler(RemoteImages(samples, config.model), config, samples, OPEN_IMAGES)
+        found = checkpoints.newest(run_uri)  # where the workers go on: a torn one is passed over here, too
+        self._epoch = 0 if found is None else found[0].epoch + 1
+        self._order = crop_order(self._sampler, self._epoch, num_crops)
 
     def __call__(self, places: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        """`id`: places in the run, epoch by epoch -> x: float32 B, H, W, C; target: uint8 B, H, W."""
-        wanted = [divmod(int(place), self._num_crops) for place in places["id"]]
-        crops = [
-            self._sampler.crop(epoch, int(self._order(epoch)[place]))
-            for epoch, place in wanted
-            if epoch >= self._first_epoch
-        ]
-        side, channels = self._sampler.config.crop_px, self._sampler.config.model.in_channels
-        if not crops:
-            return {"x": np.empty((0, side, side, channels), np.float32), "target": np.empty((0, side, side), np.uint8)}
+        """`id`: places in the order -> x: float32 B, H, W, C; target: uint8 B, H, W."""
+        crops = [self._sampler.crop(self._epoch, int(number)) for number in self._order[places["id"]]]
         return {"x": np.stack([x for x, _ in crops]), "target": np.stack([target for _, target in crops])}
 
 
 def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch: int, run_uri: str) -> Dataset:
-    """Every crop of the run that is left, in order, for the workers to share. Call it with Ray started."""
+    """The crops of an epoch, in order, for the workers to share; those of the next one each time that it is read.
+
+    Call it with Ray started.
+    """
     fewest, most = config.worker_bounds
     if fewest != most or config.batch_size % most:
         raise ConfigError(
@@ -98,10 +99,11 @@ def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch:
             f"num_workers, and that a single number, not {config.num_workers}"
         )
     CropSampler(RemoteImages(samples, config.model), config, samples)  # refuses groups that do not fit
-    DataContext.get_current().execution_options.preserve_order = True
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # else the error of an image is hidden in one of Ray Data
     num_crops = steps_per_epoch * config.batch_size
-    total = config.epochs * num_crops
-    return ray.data.range(total, override_num_blocks=-(-total // BLOCK_CROPS)).map_batches(
+    return ray.data.range(num_crops, override_num_blocks=-(-num_crops // BLOCK_CROPS)).map_batches(
         CropMaker,
         fn_constructor_args=(list(samples), config, num_crops, run_uri),
         batch_size=BLOCK_CROPS,
@@ -110,7 +112,12 @@ def crop_stream(samples: Sequence[Sample], config: TrainConfig, steps_per_epoch:
 
 
 def streamed_batches(config: TrainConfig, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One worker's part of the stream, from the newest checkpoint on: x_BCHW float32 and target_BHW uint8."""
+    """One worker's part of the epoch that follows the newest checkpoint: x_BCHW float32 and target_BHW uint8."""
     shard = ray.train.get_dataset_shard(STREAM)
-    for batch in shard.iter_torch_batches(batch_size=config.batch_size // world_size, drop_last=True):
-        yield batch["x"].permute(0, 3, 1, 2), batch["target"]
+    try:
+        for batch in shard.iter_torch_batches(batch_size=config.batch_size // world_size, drop_last=True):
+            yield batch["x"].permute(0, 3, 1, 2), batch["target"]
+    except RayTaskError as error:
+        if isinstance(error.cause, UnetppError):
+            raise error.cause from None  # a sentence, where Ray has a traceback
+        raise

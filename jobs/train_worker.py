@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from itertools import islice
 from typing import Any
 
 import ray
@@ -112,7 +111,6 @@ class Worker:
 
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
-        self._stream = None if self.sampler else streamed_batches(self.config, self.world_size)
         found = checkpoints.newest(self.run_uri)
         initial = from_pretrained(fetch_model(self.init)) if self.init and found is None else None
         num_steps = self.config.epochs * self.steps_per_epoch
@@ -190,8 +188,7 @@ class Worker:
         if self.sampler is not None:
             yield from self.sampler.batches(epoch, self.steps_per_epoch, self.rank, self.world_size, self.num_processes)
         else:
-            assert self._stream is not None
-            yield from islice(self._stream, self.steps_per_epoch)  # which stays open for the next epoch
+            yield from streamed_batches(self.config, self.world_size)
 
     def _seconds(self) -> float:
         """How long the run has trained, validated and saved, over all resumptions: the first worker's clock."""
