@@ -64,8 +64,8 @@ def interleaved(
 
 
 def write(out: Path, asked: Mapping[str, Any], measured: Measured, packages: Sequence[str] = (), **found: Any) -> None:
-    """A result: where and when, what was asked for, what was found, why what was skipped, and every sample."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
+    """A result: when, on what machine, what was asked for (places by name), what was found or skipped, every sample."""
+    arguments = {name: value.name if isinstance(value, Path) else value for name, value in asked.items()}
     report = {**setting(*packages), "arguments": arguments, **found, "skipped": measured.skipped}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**report, "samples": measured.samples}, indent=1) + "\n")
