@@ -1,4 +1,4 @@
-"""The results of `make bench` as tables in Markdown, as the README quotes them.
+"""The results of `make bench` as tables in Markdown, as README.md beside it quotes them.
 
 python -m tests.bench.tables tests/bench/results
 """

@@ -234,6 +234,8 @@ def test_whatever_is_killed_the_table_is_whole_and_one_job_did_it(
     kill(nights)
     ended = nights.ended(run, 300)
     assert ended["type"] in ("COMPLETED", "CRASHED"), nights.log(run)
+    if ended["type"] == "CRASHED":
+        resumption(nights, output)
     # A crashed night is started again by the automation; a person who does it too finds it at work, or done.
     wait_for(lambda: set(nights.jobs(output).values()) == {"SUCCEEDED"}, 240, lambda: str(nights.jobs(output)))
     wait_for(lambda: not active_runs(nights), 240)
@@ -244,8 +246,27 @@ def test_whatever_is_killed_the_table_is_whole_and_one_job_did_it(
 
 
 def active_runs(nights: Nights) -> list[str]:
-    wanted = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    """Flow runs that hold a slot of their deployment or will: a night that starts beside them is cancelled."""
+    wanted = {
+        "state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}},
+        "expected_start_time": {"before_": datetime.now(UTC).isoformat()},
+    }
     return [run["id"] for run in nights.ask("POST", "/flow_runs/filter", json={"flow_runs": wanted})]
+
+
+def resumption(nights: Nights, output: str) -> dict[str, Any]:
+    """The flow run by which the automation resumes the crashed night of an output, as soon as it is there."""
+    wanted = {"deployment_id": {"any_": [nights.deployment("archive")["id"]]}}
+
+    def found() -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = nights.ask("POST", "/flow_runs/filter", json={"flow_runs": wanted})
+        configs = [run["parameters"]["config"] for run in runs]
+        is_it = [config.get("resumed") == 1 and config["output"] == output for config in configs]
+        return [run for run, yes in zip(runs, is_it, strict=True) if yes]
+
+    wait_for(found, 120)
+    (run,) = found()
+    return run
 
 
 def test_a_crashed_night_is_resumed_by_the_server_with_the_same_parameters(
@@ -257,17 +278,7 @@ def test_a_crashed_night_is_resumed_by_the_server_with_the_same_parameters(
     nights.kill_flow()
     assert nights.ended(run, 120)["type"] == "CRASHED"
 
-    def resumed() -> list[dict[str, Any]]:
-        wanted = {"deployment_id": {"any_": [nights.deployment("archive")["id"]]}}
-        found: list[dict[str, Any]] = nights.ask("POST", "/flow_runs/filter", json={"flow_runs": wanted})
-        return [
-            each
-            for each in found
-            if each["parameters"]["config"].get("resumed") == 1 and each["parameters"]["config"]["output"] == output
-        ]
-
-    wait_for(resumed, 120)
-    (second,) = resumed()
+    second = resumption(nights, output)
     assert nights.ended(second["id"])["type"] == "COMPLETED", nights.log(second["id"])
     assert {name: second["parameters"]["config"][name] for name in archive_config} == archive_config
     assert second["parameters"]["config"]["due"] == nights.flow_run(run)["expected_start_time"].replace("Z", "+00:00")
@@ -303,6 +314,7 @@ def test_a_night_whose_machine_died_is_found_by_its_silence_and_resumed(
         assert nights.state(run)["type"] == "RUNNING"
         wait_for(lambda: nights.state(run)["type"] == "CRASHED", 240, lambda: nights.state(run))
         assert "no heartbeat" in nights.state(run)["message"]
+        resumption(nights, output)
         wait_for(lambda: set(nights.jobs(output).values()) == {"SUCCEEDED"}, 240, lambda: nights.jobs(output))
         wait_for(lambda: not active_runs(nights), 240)
     finally:
