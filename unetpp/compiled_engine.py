@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from unetpp.engines import Masks, Pixels
 from unetpp.model import UNetPlusPlus
-from unetpp.torch_engine import TorchEngine, scale
+from unetpp.torch_engine import TorchEngine
 
 MAX_GRAPHS = 16
 
@@ -29,8 +29,15 @@ class _Graph:
     found: list[Tensor]
 
 
+class _ToBFloat16(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+
 class CompiledEngine(TorchEngine):
     """As `TorchEngine`, in bfloat16, by torch.compile: file values go into what is compiled, and masks come out.
+
+    Scaling and the first convolution are in float32: see `unetpp.model.FileValues`.
 
     Tiles of the shape that comes first have a form of their own; other shapes share one. Where nothing can be compiled
     the same is computed without: slower, in the same precision, and the log says so.
@@ -51,7 +58,13 @@ class CompiledEngine(TorchEngine):
         self._can_record = self._is_cuda
         self._seen: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
-        return super()._prepared(model).to(torch.bfloat16)
+        network = super()._prepared(model)
+        first, mean, std = network.nodes["x00"], network.mean, network.std
+        assert isinstance(first, nn.Sequential)
+        first[0], reads = nn.Identity(), first[0]
+        network.to(torch.bfloat16)
+        first[0], network.mean, network.std = nn.Sequential(reads, _ToBFloat16()), mean, std
+        return network
 
     def _started(self, tiles_BHWC: Pixels, core: tuple[slice, slice]) -> Callable[[], Masks]:
         """Fills the batch up to a power of two: every other number of tiles would be a shape to compile."""
@@ -141,6 +154,3 @@ class CompiledEngine(TorchEngine):
                 logger.warning("engine compiled goes on without torch.compile: %s", str(error).strip().splitlines()[0])
                 self._can_compile = False
         return super()._decided(tiles_BHWC)
-
-    def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
-        return scale(tiles_BHWC, self.config).to(torch.bfloat16)

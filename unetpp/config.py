@@ -25,9 +25,9 @@ SynthKind = Literal["nuclei", "cells", "camera16"]
 
 
 class Frozen(BaseModel):
-    """A validated, immutable config: unknown keys are refused."""
+    """A validated, immutable config: unknown keys are refused, and so are numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ValueRange(Frozen):
@@ -136,7 +136,9 @@ class AugmentConfig(Frozen):
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = Field(
         0.0, description="largest free turn either way, degrees; 180: any"
     )
-    scale: tuple[float, float] = Field((0.8, 1.25), description="zoom factor, drawn log-uniformly")
+    scale: tuple[Annotated[float, Field(ge=0.1)], Annotated[float, Field(le=10)]] = Field(
+        (0.8, 1.25), description="zoom factor, drawn log-uniformly; of 0.1, a crop is made of a window 10 times as wide"
+    )
     elastic_px: Annotated[float, Field(ge=0)] = Field(
         0.0, description="largest displacement of a smooth random bend, pixels of the crop"
     )

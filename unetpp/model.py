@@ -25,13 +25,29 @@ Grid = dict[tuple[int, int], Tensor]
 """Computed nodes: (i, j) -> X^{i,j} of shape B, filters[i], H / 2**i, W / 2**i."""
 
 
+class FileValues(nn.Conv2d):
+    """The convolution that reads an image: in float32 also under autocast, whose type what follows gets.
+
+    In the 8 bits of bfloat16, all that a dim image of 16 bits shows may be less than a step away from black.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """B, in_channels, H, W -> B, out_channels, H, W."""
+        device = x_BCHW.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return super().forward(x_BCHW)
+        with torch.autocast(device, enabled=False):
+            found_BCHW = super().forward(x_BCHW.float())
+        return found_BCHW.to(torch.get_autocast_dtype(device))
+
+
 class Node(nn.Sequential):
     """H(.): twice 3x3 convolution, norm, ReLU; B, in_channels, H, W -> B, out_channels, H, W."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: str, *, is_first: bool = False) -> None:
         layers: list[nn.Module] = []
-        for channels in (in_channels, out_channels):
-            layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=norm == "none"))
+        for channels, kind in ((in_channels, FileValues if is_first else nn.Conv2d), (out_channels, nn.Conv2d)):
+            layers.append(kind(channels, out_channels, 3, padding=1, bias=norm == "none"))
             if norm == "batch":
                 layers.append(nn.BatchNorm2d(out_channels))
             layers.append(nn.ReLU(inplace=True))
@@ -62,7 +78,8 @@ class UNetPlusPlus(nn.Module):
         for i, j in config.nodes:
             if j > 0:
                 self.ups[node_name(i, j)] = _upsampler(filters[i + 1], filters[i], config.upsample)
-            self.nodes[node_name(i, j)] = Node(config.node_channels(i, j), filters[i], config.norm)
+            channels, is_first = config.node_channels(i, j), (i, j) == (0, 0)
+            self.nodes[node_name(i, j)] = Node(channels, filters[i], config.norm, is_first=is_first)
         self.heads = nn.ModuleDict(
             {str(level): nn.Conv2d(filters[0], config.num_classes, 1) for level in config.head_levels}
         )

@@ -15,8 +15,9 @@ from unetpp.openvino_graph import graph
 class OpenVINOEngine(Engine):
     """Computes a network of `unetpp.openvino_graph`; one graph a pixel type, any number and size of tiles.
 
-    Modes and flips as of `torch_engine.ReferenceEngine`. threads: of a forward; None: every core. bf16: compute in it;
-    ConfigError where the CPU has no instructions for that.
+    Modes and flips as of `torch_engine.ReferenceEngine`. threads: of a forward; None: every core. bf16: compute
+    images of 8 bits in it, others in float32, since its first convolution cannot be left in float32 alone (see
+    `unetpp.model.FileValues`); ConfigError where the CPU has no instructions for bf16.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class OpenVINOEngine(Engine):
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             # Two processes would pin themselves to the same core.
             "ENABLE_CPU_PINNING": False,
+            # Of every shape of tiles it would keep its kernels, up to a GiB of them, and save no time.
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,
         } | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
+        self._bf16 = bf16
         self._requests: dict[str, ov.InferRequest] = {}
         self._lock = threading.Lock()
 
@@ -73,5 +76,7 @@ class OpenVINOEngine(Engine):
             around = graph(
                 self._network, self._config, self._mode, pixel_type, flips=self._flips, probability=self.probability
             )
-            self._requests[pixel_type] = self._core.compile_model(around, "CPU", self._settings).create_infer_request()
+            precision = "bf16" if self._bf16 and pixel_type == "uint8" else "f32"
+            settings = self._settings | {"INFERENCE_PRECISION_HINT": precision}
+            self._requests[pixel_type] = self._core.compile_model(around, "CPU", settings).create_infer_request()
         return self._requests[pixel_type]

@@ -51,8 +51,8 @@ def graph(
 ) -> ov.Model:
     """tiles_BHWC -> class ids BHW uint8, margin BHW float32 and, with `probability`, 8 bits BHW of the foreground.
 
-    H and W of tiles are multiples of the stride. The margin is that of `TileStats`, and NaN where a head that was read
-    gave NaN or infinity. ConfigError on other pixel types than uint8, uint16 and float32.
+    H and W of tiles are multiples of the stride. The margin is that of `TileStats`, and NaN where a tile or a head that
+    was read has NaN or infinity. ConfigError on other pixel types than uint8, uint16 and float32.
     """
     low, high = value_range(config, pixel_type)
     tiles_BHWC = ops.parameter([-1, -1, -1, config.in_channels], ov.Type(np.dtype(pixel_type)), name="tiles")
@@ -60,6 +60,8 @@ def graph(
     mirrors = MIRRORS if flips else MIRRORS[:1]
     heads = _around(network, ops.concat([_mirrored(x_BCHW, axes) for axes in mirrors], 0))
     seen, finite = [], []
+    if pixel_type == "float32":  # OpenVINO's ReLU makes 0 of NaN
+        finite.append(ops.reduce_logical_and(ops.is_finite(tiles_BHWC), np.int32(-1)))
     for level in levels_read(config, mode):
         each_BKHW = ops.split(heads[head_name(level)], np.int32(0), len(mirrors)).outputs()
         for axes, logits_BKHW in zip(mirrors, each_BKHW, strict=True):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from unetpp.card import read_pretrained
 from unetpp.config import Bands, Level, ModelConfig
 from unetpp.devices import cpu_flags, has_gpu
 from unetpp.engine_names import ON_CPU_ONLY, PRECISION, EngineChoice, EngineName, Precision, auto_engines
-from unetpp.engines import Engine, Masks, Mode, Pixels, TileStats, levels_read
+from unetpp.engines import Engine, Masks, Mode, Pixels, TileStats, levels_read, value_range
 from unetpp.errors import ConfigError, ImageError
 from unetpp.images import to_channels
 from unetpp.tiles import Box
@@ -80,10 +80,17 @@ class Predictor:
 
         ModelError for a folder that is no model, or has no int8 form where that is asked for; ConfigError for a level
         without a head, accurate mode with one head, flips in fast mode, as many bands as the network cannot read, an
-        engine of CPUs on another device, a tile_px that does not fit.
+        engine of CPUs on another device, a tile_px that does not fit, a device that is not there, and names and numbers
+        that mean nothing.
         """
+        _refuse_unknown(engine, ("auto", *PRECISION), "engine")
+        _refuse_unknown(mode, get_args(Mode), "mode")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; wanted 1 or more, or None for every core")
         if engine in ON_CPU_ONLY and device not in (None, "cpu"):
             raise ConfigError(f"engine {engine} computes on CPU, the device is {device}; take engine torch")
+        if device is not None and device.startswith("cuda") and not has_gpu():
+            raise ConfigError(f"the device is {device}, and torch finds no GPU here; take cpu")
         on_gpu = engine not in ON_CPU_ONLY and (has_gpu() if device is None else device != "cpu")
         name = auto_engines(on_gpu=on_gpu, cpu_flags=cpu_flags())[0] if engine == "auto" else engine
         what = _read(model_dir, PRECISION[name], mode, level, flips, bands)
@@ -332,10 +339,15 @@ def load_engine(
     return (TorchEngine if name == "torch" else ReferenceEngine)(model, mode, device, **how)
 
 
+def _refuse_unknown(name: str, known: Sequence[str], what: str) -> None:
+    if name not in known:
+        raise ConfigError(f"there is no {what} {name}; wanted one of {', '.join(known)}")
+
+
 def _pruned(config: ModelConfig, mode: Mode, level: Level | None) -> ModelConfig:
     """The config of what a mode computes of a network. ConfigError where it has not the heads for it."""
     if mode == "fast":
-        return weights.pruned(config, level or config.level)
+        return weights.pruned(config, config.level if level is None else level)
     config = config if level is None else weights.pruned(config, level, keep_heads=True)
     refuse_single_head(config)
     return config
@@ -360,7 +372,10 @@ def refuse_single_head(config: ModelConfig) -> None:
 
 
 def prepare(image: Image, config: ModelConfig) -> Image:
-    """HW or HWC -> HWC with the model's channels, padded."""
+    """HW or HWC -> HWC with the model's channels, padded. ConfigError for what is no image."""
+    value_range(config, str(image.dtype))
+    if image.ndim not in (2, 3) or not image.size:
+        raise ConfigError(f"an image has shape {image.shape}; wanted H, W or H, W, C, with pixels")
     image_HWC = image[..., None] if image.ndim == 2 else image
     return tiles.pad(to_channels(image_HWC, config.in_channels), config.pad_multiple)
 

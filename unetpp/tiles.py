@@ -123,8 +123,8 @@ def plan_tiles(
     assert 0 <= kept.y0 < kept.y1 <= height, (kept, height)
     assert 0 <= kept.x0 < kept.x1 <= width, (kept, width)
     assert kept.y0 % stride == kept.x0 % stride == 0, (kept, stride)
-    rows = _spans(kept.y0, kept.y1, height, padded_height, tile_px, halo_px)
-    columns = _spans(kept.x0, kept.x1, width, padded_width, tile_px, halo_px)
+    rows = _spans(kept.y0, kept.y1, height, padded_height, tile_px, halo_px, stride)
+    columns = _spans(kept.x0, kept.x1, width, padded_width, tile_px, halo_px, stride)
     tiles = tuple(
         Tile(outer=Box(oy0, ox0, oy1, ox1), core=Box(cy0, cx0, cy1, cx1))
         for (oy0, cy0, cy1, oy1) in rows
@@ -172,10 +172,10 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def _spans(
-    first: int, last: int, length: int, padded: int, tile_px: int, halo_px: int
+    first: int, last: int, length: int, padded: int, tile_px: int, halo_px: int, stride: int
 ) -> list[tuple[int, int, int, int]]:
     """(outer start, core start, core end, outer end) of the tiles along an axis, of which `first` to `last` is kept."""
-    outer_last = padded if last == length else min(padded, last + halo_px)
+    outer_last = padded if last == length else min(padded, _round_up(last, stride) + halo_px)
     num_cores = max(1, -(-(min(outer_last - halo_px, last) - first) // tile_px))
     starts = [first + index * tile_px for index in range(num_cores)]
     outer_ends = [min(padded, start + halo_px) for start in starts[1:]]

@@ -89,6 +89,10 @@ def read_weights(model_dir: Path, config: ModelConfig) -> dict[str, NDArray[Any]
                 f"{name} in {path} is {seen[0]} {seen[1]}, {CONFIG} wants {wanted[name][0]} {wanted[name][1]}; "
                 "they are of different models"
             )
+        if not np.isfinite(weights[name]).all():
+            raise ModelError(f"{name} in {path} has NaN or infinity: its training failed; take another model")
+        if name.endswith("running_var") and (weights[name] < 0).any():
+            raise ModelError(f"{name} in {path} has variances below 0: it is damaged; copy the model folder again")
     return weights
 
 

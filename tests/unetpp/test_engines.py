@@ -22,7 +22,7 @@ from unetpp.engine_names import PRECISION, auto_engines
 from unetpp.errors import ConfigError, DeviceError
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import load_engine
-from unetpp.torch_engine import ReferenceEngine, TorchEngine
+from unetpp.torch_engine import ReferenceEngine, TorchEngine, scale
 
 CORE = (slice(8, 60), slice(0, 90))
 KINDS: list[dict[str, Any]] = [
@@ -224,6 +224,57 @@ def test_compiled_masks_are_the_references_but_for_undecided_pixels(caplog: pyte
     assert "goes on without torch.compile" not in caplog.text
     assert (seen != wanted).mean() < 0.02
     assert all(stat.finite and stat.probability_HW is not None for stat in stats)
+
+
+def dim_network(dim_BHWC: Any) -> tuple[UNetPlusPlus, torch.Tensor]:
+    """A network that makes much of the small differences between the pixels of dim images; and x_BCHW of these."""
+    model = network(level=1, norm="none")
+    reads, head = model.nodes["x00"][0], model.heads["1"]
+    x_BCHW = scale(torch.from_numpy(dim_BHWC), model.config)
+    reads.weight *= 100
+    reads.bias -= reads((x_BCHW - model.mean) / model.std).mean((0, 2, 3))
+    head.bias -= model(x_BCHW)[1].median()
+    return model, x_BCHW
+
+
+@torch.no_grad()
+def test_bfloat16_tells_the_values_of_dim_images_apart() -> None:
+    dim_BHWC = tiles("uint16") // 100
+    model, _ = dim_network(dim_BHWC)
+    wanted, _ = ReferenceEngine(model, "fast", threads=1)(dim_BHWC, CORE)
+    compiled = CompiledEngine(model, "fast", threads=1)
+    compiled._can_compile = False
+    seen, _ = compiled(dim_BHWC, CORE)
+    assert 0.4 < wanted.mean() < 0.6
+    assert (seen != wanted).mean() < 0.02
+
+
+@torch.no_grad()
+def test_autocast_tells_the_values_of_dim_images_apart() -> None:
+    model, x_BCHW = dim_network(tiles("uint16") // 100)
+    wanted = model(x_BCHW)[1] > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.nodes["x00"][0](x_BCHW).dtype == torch.bfloat16
+        seen = model(x_BCHW)[1] > 0
+    assert (seen != wanted).float().mean() < 0.02
+
+
+def test_openvino_computes_images_of_more_than_8_bits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Core(ov.Core):
+        def get_property(self, *_: Any) -> Any:
+            return ["FP32", "BF16"]
+
+        def compile_model(self, model: Any, device: Any, settings: Any) -> Any:
+            asked.append(settings["INFERENCE_PRECISION_HINT"])
+            return super().compile_model(model, device, settings | {"INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(ov, "Core", Core)
+    on_bf16 = engine("openvino-bf16", network(level=1))
+    for pixel_type in ("uint8", "uint16", "float32"):
+        on_bf16(tiles(pixel_type), CORE)
+    assert asked == ["bf16", "f32", "f32"]
 
 
 def test_what_cannot_be_compiled_is_computed_all_the_same(

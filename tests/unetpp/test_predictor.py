@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 from unetpp.calibrate import with_temperature
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig, ValueRange
+from unetpp.engine_names import EngineName
 from unetpp.engines import Engine
 from unetpp.errors import ConfigError, ImageError
 from unetpp.measuring import logits_by_level, masks_by_level
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor
 from unetpp.prune import prune
-from unetpp.tiles import cut, pad, plan_tiles, stitch
+from unetpp.tiles import Box, cut, pad, plan_tiles, stitch
 from unetpp.torch_engine import scale
 
 NARROW = (4, 6, 8, 10, 12)
@@ -292,13 +294,69 @@ def test_uncertainty_is_the_missing_margin(tmp_path: Path) -> None:
     assert Predictor.from_pretrained(tmp_path).predict([image])[0].uncertainty == pytest.approx(expected, abs=1e-5)
 
 
-def test_broken_weights_are_seen_in_the_prediction(tmp_path: Path) -> None:
+def test_numbers_that_overflow_are_seen_in_the_prediction(tmp_path: Path) -> None:
     model = random_model()
     with torch.no_grad():
-        model.heads["4"].bias.fill_(float("nan"))
+        for parameter in model.heads["4"].parameters():
+            parameter.fill_(3e38)
     save_pretrained(model, tmp_path)
     assert not Predictor.from_pretrained(tmp_path).predict([random_image(20, 20)])[0].finite
     assert Predictor.from_pretrained(tmp_path, level=3).predict([random_image(20, 20)])[0].finite
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_a_part_may_end_anywhere(engine: EngineName, tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    predictor = Predictor.from_pretrained(tmp_path, engine=engine, tile_px=64)
+    image = random_image(150, 170)
+    for part in (Box(0, 0, 17, 19), Box(16, 32, 99, 101)):
+        (seen,) = predictor.predict([image], [part])
+        assert np.mean(seen.mask_HW != predictor([image])[0][part.slices]) < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_a_pixel_that_is_no_number_is_seen_in_the_prediction(engine: EngineName, tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    image = random_image(90, 150).astype(np.float32) / 255
+    predictor = Predictor.from_pretrained(tmp_path, engine=engine, tile_px=64)
+    assert predictor.predict([image])[0].finite
+    image[70, 3] = np.nan
+    assert not predictor.predict([image])[0].finite
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"engine": "onnx"}, "there is no engine onnx; wanted one of auto, reference, torch"),
+        ({"mode": "slow"}, "there is no mode slow; wanted one of fast, accurate"),
+        ({"threads": 0}, "threads is 0; wanted 1 or more"),
+        ({"level": 0}, "level 0 has no supervised head"),
+        ({"engine": "torch", "device": "cuda"}, "the device is cuda, and torch finds no GPU here; take cpu"),
+    ],
+)
+def test_names_and_numbers_that_mean_nothing_are_refused(
+    how: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unetpp.predictor.has_gpu", lambda: False)
+    save_pretrained(random_model(), tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        Predictor.from_pretrained(tmp_path, **how)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), ">u2"), "pixels are >u2; wanted uint8, uint16 or float32"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"an image has shape \(2, 8, 8, 3\); wanted H, W or H, W, C"),
+        (np.zeros(8, np.uint8), r"an image has shape \(8,\)"),
+        (np.zeros((0, 8), np.uint8), r"an image has shape \(0, 8\)"),
+    ],
+)
+def test_what_is_no_image_is_refused(engine: EngineName, image: Any, message: str, tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        Predictor.from_pretrained(tmp_path, engine=engine)([image])
 
 
 def test_batches_hold_tiles_of_one_shape_and_lose_none(tmp_path: Path) -> None:

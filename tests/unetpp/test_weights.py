@@ -1,14 +1,19 @@
 """Weights as arrays: what a config expects is what torch makes of it, and folding changes no output."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from unetpp.checkpoint import arrays_of, model_of
+from unetpp.card import WEIGHTS
+from unetpp.checkpoint import arrays_of, model_of, save_pretrained
 from unetpp.config import ModelConfig
+from unetpp.errors import ModelError
 from unetpp.model import UNetPlusPlus
+from unetpp.predictor import Predictor
 from unetpp.weights import expected, folded, picked, pruned
 
 VARIANTS = list(itertools.product((1, 2, 4), ("batch", "none"), ("deconv", "nearest", "bilinear"), (True, False)))
@@ -45,6 +50,24 @@ def test_folding_keeps_the_logits(norm: str) -> None:
     x_BCHW = torch.rand(1, 3, 64, 64)
     for level, logits in model.eval()(x_BCHW).items():
         torch.testing.assert_close(plain(x_BCHW)[level], logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("nodes.x00.0.weight", np.nan, "nodes.x00.0.weight in .* has NaN or infinity"),
+        ("heads.1.bias", np.inf, "heads.1.bias in .* has NaN or infinity"),
+        ("nodes.x10.1.running_var", -1.0, "nodes.x10.1.running_var in .* has variances below 0"),
+    ],
+)
+def test_weights_that_no_network_can_have_are_refused(name: str, value: float, message: str, tmp_path: Path) -> None:
+    """Engines differ in what they make of them: OpenVINO's ReLU takes NaN for 0."""
+    save_pretrained(UNetPlusPlus(ModelConfig(level=1, filters=(4, 6))), tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    weights[name].flat[0] = value
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ModelError, match=message):
+        Predictor.from_pretrained(tmp_path)
 
 
 def test_a_level_picks_weights_and_edits_none() -> None:
