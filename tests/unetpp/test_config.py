@@ -23,5 +23,5 @@ def test_a_model_has_finite_numbers(fields: dict[str, Any]) -> None:
     "fields", [{"noise_std": math.inf}, {"scale": (0.001, 1.0)}, {"scale": (1.0, 1000.0)}], ids=str
 )
 def test_a_crop_is_changed_within_bounds(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="finite number|greater than or equal to 0.1|less than or equal to 10"):
+    with pytest.raises(ValidationError, match=r"finite number|greater than or equal to 0\.1|less than or equal to 10"):
         AugmentConfig.model_validate(fields)
