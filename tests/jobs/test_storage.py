@@ -583,9 +583,12 @@ def test_locations_are_told_without_their_profile() -> None:
 def test_an_unknown_profile_and_a_password_are_refused_in_a_sentence(profiles: None) -> None:
     with pytest.raises(ConfigError, match="there is no storage profile 'nobody'"):
         storage.exists("s3://nobody@archive/x")
-    with pytest.raises(ConfigError, match="never write one into a location") as refused:
-        storage.canonical("s3://me:hunter2@archive/x")
-    assert "hunter2" not in str(refused.value)
+    for look in (storage.canonical, storage.plain, storage.find, lambda uri: storage.write_bytes(uri, b"")):
+        for uri in ("s3://me:hunter2@archive/x", "s3://me:2hunter/hunter2@archive/x"):
+            with pytest.raises(ConfigError, match="never write one into a location") as refused:
+                look(uri)
+            assert "hunter" not in str(refused.value)
+            assert "archive/x" in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------------ damage on the way
