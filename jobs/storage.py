@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -71,6 +72,11 @@ def canonical(uri: str | Path) -> str:
     if not text:
         raise ConfigError("a location is empty; wanted a local path, file:// or s3://")
     return os.path.abspath(text)
+
+
+def canonical_sink(uri: str | Path) -> str:
+    """As `canonical`, of a place that is to be written. ConfigError where that cannot be, whoever may write."""
+    return _writable(canonical(uri))
 
 
 def plain(uri: str) -> str:
@@ -335,6 +341,11 @@ def _writable(uri: str | Path) -> str:
     place = _object(uri)
     if "://" in place and not is_remote(place):
         raise ConfigError(f"{place} can be read, not written; wanted a local path or s3:// for what is written")
+    if is_remote(place) and "//" in (key := f"/{s3_uri.split(place)[1]}"):
+        raise ConfigError(
+            f"{place} has a doubled slash, which some stores and readers take for one and others do not: wanted "
+            f"s3://bucket{re.sub('/+', '/', key)} for what is written"
+        )
     return place
 
 

@@ -483,6 +483,14 @@ def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert storage.canonical("s3://bucket/prefix/") == "s3://bucket/prefix"
 
 
+@pytest.mark.parametrize("uri", ["s3://archive/team//masks", "s3://archive//masks"])
+def test_nothing_is_written_below_a_name_that_is_empty(uri: str, s3_environment) -> None:
+    for write in (storage.canonical_sink, storage.refuses_overwrites, lambda uri: storage.write_bytes(uri, b"")):
+        with pytest.raises(ConfigError, match=r"has a doubled slash.* wanted s3://bucket/.*masks"):
+            write(uri)
+    assert storage.canonical(uri) == uri  # to read, it is a place as any other
+
+
 # --------------------------------------------------------------------------------------------------- folders
 
 
