@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import posixpath
 import threading
 from collections import deque
@@ -63,8 +64,11 @@ def _source(uri: str) -> Source:
 
 
 def _is_within(uri: str, folder: str) -> bool:
-    """Whether a place is that folder, or below it."""
-    return f"{storage.plain(uri)}/".startswith(storage.join(storage.plain(folder), ""))
+    """Whether a place is that folder, or below it; of local ones, also where links lead there."""
+    spellings = [(storage.plain(uri), storage.plain(folder))]
+    if "://" not in uri and "://" not in folder:
+        spellings.append((os.path.realpath(uri), os.path.realpath(folder)))
+    return any(f"{inner}/".startswith(storage.join(outer, "")) for inner, outer in spellings)
 
 
 def limits_of(config: PredictOptions) -> Limits:

@@ -189,6 +189,19 @@ def test_inputs_that_overlap_are_refused(tmp_path: Path) -> None:
         sources.resolve([f"{tmp_path}/a"], f"{tmp_path}/a/out")
 
 
+def test_what_lies_in_an_input_by_way_of_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in.tar").write_bytes(b"")
+    (tmp_path / "in" / "x.tar").symlink_to("../in.tar")
+    (tmp_path / "link").symlink_to("in")
+    for given, output in (("in", "link/masks"), ("link", "in/sub/masks"), ("link", "link")):
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            sources.resolve([f"{tmp_path}/{given}"], f"{tmp_path}/{output}")
+    for other in ("link/sub", "in/x.tar"):
+        with pytest.raises(ConfigError, match="is part of the input"):
+            sources.resolve([f"{tmp_path}/in", f"{tmp_path}/{other}"], f"{tmp_path}/out")
+
+
 def test_an_input_may_lie_directly_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"/x.tar": tar_of({"a.png": b"a"}), "/l.csv": b"uri\nb.png\n/c.png\n", "/b.png": b"b", "/c.png": b"c"}
     objects = {uri: storage.StoredObject(uri[1:], "1-1", len(content)) for uri, content in there.items()}
