@@ -132,6 +132,8 @@ class Listing:
             if ended.is_set():
                 raise CancelledError
 
+        if members.split(found.key) is not None:
+            return [members.rest("named", 0)]
         archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns, go_on)
         try:
             return archive.members(self._indexes_uri)

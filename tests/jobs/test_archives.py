@@ -499,3 +499,15 @@ def test_an_object_named_like_a_member_is_told_from_it(segment, images, tmp_path
     segment(f"{tmp_path}/out", f"{tmp_path}/in")
     codes = {row["key"]: row["error_code"] for row in rows_of(f"{tmp_path}/out")}
     assert codes == {"x.tar#a.png": None, "x.tar#b.png": "archive"}
+
+
+def test_an_archive_below_a_folder_named_like_one_is_a_row(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "in" / "x.zip#old").mkdir(parents=True)
+    for name, pack in PACKED.items():
+        (tmp_path / "in" / "x.zip#old" / name).write_bytes(pack({"a.png": images["00.png"]}))
+    (tmp_path / "l.csv").write_text("uri\nin/x.zip#old/x.tar\n")
+    for number, place in enumerate(("in", "l.csv")):
+        segment(f"{tmp_path}/out{number}", f"{tmp_path}/{place}", max_failed_share=1)
+        found = {(row["key"].rpartition("/")[2], row["error_code"]) for row in rows_of(f"{tmp_path}/out{number}")}
+        assert found == {(name, "archive") for name in (PACKED if place == "in" else ["x.tar"])}
+        assert all("rename it" in row["error"] for row in rows_of(f"{tmp_path}/out{number}"))
