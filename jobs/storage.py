@@ -63,6 +63,8 @@ def canonical(uri: str | Path) -> str:
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local path is file:///folder or /folder")
+        if "#" in text or "?" in text:
+            raise ConfigError(f"{text!r} has a # or ? in its path: write %23 for #, %3F for ?, or the plain path")
         text = unquote(parts.path)
     elif scheme:
         from jobs import foreign

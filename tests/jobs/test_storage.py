@@ -467,6 +467,9 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None
         "s3a://bucket/key",
         "http://me:word@host/key",
         "file://host/key",
+        "file:///data/run#2/images",
+        "file:///data/run?2",
+        "file:///data/images#",
         "s3:///key",
         "",
     ],
@@ -481,6 +484,7 @@ def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     spellings = ["data", "./data/", f"{tmp_path}/data", f"file://{tmp_path}/data/", Path("data")]
     assert {storage.canonical(uri) for uri in spellings} == {f"{tmp_path}/data"}
     assert storage.canonical("s3://bucket/prefix/") == "s3://bucket/prefix"
+    assert storage.canonical("file:///run%232/%3F") == storage.canonical("/run#2/?") == "/run#2/?"
 
 
 @pytest.mark.parametrize("uri", ["s3://archive/team//masks", "s3://archive//masks"])
