@@ -206,7 +206,14 @@ def _rows_of(source: Source, found: StoredObject, columns: Columns) -> Rows | No
             f"{source.uri} has the columns {', '.join(schema.names)}: wanted image bytes in one of "
             f"{', '.join(parquet_images.IMAGE_COLUMNS)} (or --image-column), or `uri`, which names images"
         )
-    return parquet_images.rows(open_it())
+    return _parquet_rows(source.uri, open_it())
+
+
+def _parquet_rows(uri: str, content: BinaryIO) -> Rows:
+    try:
+        yield from parquet_images.rows(content)
+    except parquet_images.BROKEN as error:
+        raise ConfigError(f"{uri} cannot be read: {error}; wanted Parquet with a column uri: write it anew") from None
 
 
 def _csv_rows(uri: str, stream: BinaryIO) -> Rows:
@@ -225,7 +232,7 @@ def _named(number: int, source: Source, rows: Rows) -> Iterator[_Found]:
     """The objects that a manifest names, in its order, asked for side by side."""
 
     def look(row: dict[str, Any]) -> _Found:
-        key, extra = _key(source, row.pop("uri")), json.dumps(row, default=str, ensure_ascii=False)
+        key, extra = _key(source, row.pop("uri")), _as_json(row)
         found = storage.find(place(source.root, key))
         etag, size_bytes = ("", 0) if found is None else (found.etag, found.size_bytes)
         return _Found(number, source, key, etag, size_bytes, extra)
@@ -235,9 +242,15 @@ def _named(number: int, source: Source, rows: Rows) -> Iterator[_Found]:
             yield from threads.map(look, some)
 
 
+def _as_json(row: dict[str, Any]) -> str:
+    """JSON as every reader takes it: of numbers that it has none for, null."""
+    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)
+
+
 def _key(source: Source, uri: object) -> str:
     """Of an image that a manifest names: its path below the manifest's folder, else its whole address."""
-    if not isinstance(uri, str) or not uri:
+    if not isinstance(uri, str) or not uri or "\0" in uri:
         raise ConfigError(f"{source.uri} has a row whose uri is {uri!r}: wanted a URI, or a path below {source.root}")
     if "://" not in uri and not uri.startswith("/"):
         uri = posixpath.normpath(uri)

@@ -477,6 +477,7 @@ def test_a_manifest_that_names_a_link_to_itself_has_a_row_more(segment, images, 
         ("path,who\na.png,x\n", "wanted one of them to be uri"),
         ("uri\na.png\n\xff\n", "wanted CSV in UTF-8"),
         ("uri,who\n,x\n", "has a row whose uri is ''"),
+        ("uri\na\0.png\n", r"has a row whose uri is 'a\\x00.png'"),
         ("uri\n../a.png\n", "leads out of its folder"),
         ("uri\na.png\nb.png\na.png\n", "'a.png' is listed twice"),
     ],
@@ -485,6 +486,29 @@ def test_a_manifest_that_makes_no_sense_is_refused(segment, tmp_path: Path, text
     (tmp_path / "l.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=says):
         segment(f"{tmp_path}/out", f"{tmp_path}/l.csv")
+
+
+def test_a_damaged_parquet_manifest_is_refused(segment, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"uri": [f"{number}.png" for number in range(5000)]}), buffer, compression="zstd")
+    content = bytearray(buffer.getvalue())
+    content[200:4000] = bytes(3800)
+    (tmp_path / "l.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"l\.parquet cannot be read: .*wanted Parquet with a column uri"):
+        segment(f"{tmp_path}/out", f"{tmp_path}/l.parquet")
+
+
+def test_what_a_manifest_says_becomes_json_that_every_reader_takes(tmp_path: Path) -> None:
+    said = {
+        "uri": ["a.png", "b.png"],
+        "dose": [float("nan"), 0.5],
+        "at": [[float("-inf"), 1.0], None],
+        "who": ["é", ""],
+    }
+    pq.write_table(pa.table(said), tmp_path / "l.parquet")
+    (tmp_path / "a.png").touch()
+    extras = [one.extra for one in listed(f"{tmp_path}/l.parquet")]
+    assert extras == ['{"dose": null, "at": [null, 1.0], "who": "é"}', '{"dose": 0.5, "at": null, "who": ""}']
 
 
 def test_an_objects_name_is_never_taken_for_an_address(place: str, images) -> None:
