@@ -733,6 +733,8 @@ def test_bad_input_is_one_sentence_and_its_exit_code(
     assert "no bucket" in refused(ExitCode.STORAGE, *model, "--input", "s3://no-such-bucket/a", *out)
     assert "no bucket" in refused(ExitCode.STORAGE, *model, *images, "--output", "s3://no-such-bucket/a")
     assert "doubled slash" in refused(ExitCode.CONFIG, *model, *images, "--output", "s3://output/team//masks")
+    results = ("--result", archive)
+    assert "is a folder; wanted the name of a file" in refused(ExitCode.CONFIG, *model, *images, *out, *results)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert "AWS_SECRET_ACCESS_KEY" in refused(ExitCode.STORAGE, *model, "--input", "s3://archive/a", *out)
     assert not (tmp_path / "out" / "runs").exists()

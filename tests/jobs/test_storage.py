@@ -540,6 +540,19 @@ def test_a_store_that_keeps_what_is_there_is_told_from_one_that_overwrites(place
     assert list(storage.list_objects(place)) == []  # the probe is gone
 
 
+def test_a_place_that_cannot_be_written_is_known_before(place: str, tmp_path: Path) -> None:
+    storage.refuse_unwritable(f"{place}/new/result.json")
+    assert list(storage.list_objects(place)) == []  # the probe is gone
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="a file is where a folder is wanted"):
+        storage.refuse_unwritable(tmp_path / "file" / "result.json")
+    with pytest.raises(ConfigError, match="can be read, not written"):
+        storage.refuse_unwritable("memory://result.json")
+    for folder in (tmp_path, f"{place}/new/", "s3://archive"):
+        with pytest.raises(ConfigError, match="is a folder; wanted the name of a file"):
+            storage.refuse_unwritable(folder)
+
+
 def test_a_server_that_ignores_the_condition_is_found_out(flaky_server) -> None:
     flaky_server.last = b"HTTP/1.1 204 No Content\r\n\r\n"
     assert not storage.refuses_overwrites("s3://bucket/out")
