@@ -199,7 +199,11 @@ def _rows_of(source: Source, found: StoredObject, columns: Columns) -> Rows | No
     if name.endswith(".csv"):
         return _csv_rows(source.uri, storage.open_stream(source.uri, found.etag, found.size_bytes))
     schema = parquet_images.schema_of(open_it()) if name.endswith(".parquet") else None
-    if schema is None or parquet_images.has_images(schema, columns):
+    if schema is None:
+        return None
+    if parquet_images.has_images(schema, columns):
+        if parquet_images.lacks_names(schema, columns):
+            raise ConfigError(f"{source.uri} has the columns {', '.join(schema.names)}: --name-column is none of them")
         return None
     if "uri" not in schema.names:
         raise ConfigError(

@@ -394,6 +394,30 @@ def test_a_parquet_column_may_be_named_nested_and_without_names(tmp_path: Path, 
     assert read(str(tmp_path), named, Columns("picture")) == values
 
 
+def test_rows_without_a_name_never_have_the_name_of_another(tmp_path: Path, images) -> None:
+    values = list(images.values())[:5]
+    names = ["2", None, "%row1", "", "0"]
+    pq.write_table(pa.table({"key": names, "image": values}), tmp_path / "a.parquet")
+    nested = [
+        {"bytes": value, "path": name} for value, name in zip(values, ["1", None, "a.png", "./3", ""], strict=True)
+    ]
+    pq.write_table(pa.table({"image": nested}), tmp_path / "b.parquet")
+    found = listed(str(tmp_path))
+    assert [one.key.partition("#")[2] for one in found[:5]] == ["2", "%row1", "%25row1", "%row3", "0"]
+    assert [one.key.partition("#")[2] for one in found[5:]] == ["0", "1", "a.png", "3", "4"]
+    assert read(str(tmp_path), found) == values * 2
+
+
+def test_a_column_of_names_that_is_not_there_is_refused(tmp_path: Path, images) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet_of(images))
+    with pytest.raises(ConfigError, match=r"a\.parquet has the columns key, image: --name-column is none of them"):
+        listed(f"{tmp_path}/a.parquet", name_column="kye")
+    (row,) = listed(str(tmp_path), name_column="kye")
+    (error,) = read(str(tmp_path), [row], Columns(None, "kye"))
+    assert (row.key, error.code) == ("a.parquet", "archive")
+    assert "name_column" in error.detail
+
+
 def test_a_compressed_tar_is_read_by_few_shards(segment, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.tar.gz").write_bytes(tar_of({f"{number:03d}.png": b"" for number in range(120)}, "w:gz"))
