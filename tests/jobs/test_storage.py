@@ -185,6 +185,19 @@ def test_a_name_that_is_no_utf8_is_listed_and_reads_as_gone(tmp_path: Path) -> N
         storage.read_bytes(storage.join(tmp_path, listed.key), listed.etag)
 
 
+def test_names_that_are_no_utf8_have_keys_that_no_other_file_has(tmp_path: Path) -> None:
+    for name in (b"a\xff.png", b"a\\xff.png", b"\xfe\\xff", b"\\xfe\xff"):
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    found = list(storage.list_objects(tmp_path))
+    assert {one.key for one in found} == {"a\\xff.png", "\\a\\xff.png", "\\xfe\\xff", "\\\\xfe\\xff"}
+    for one in found:
+        if one.key == "a\\xff.png":
+            assert storage.read_bytes(storage.join(tmp_path, one.key), one.etag) == b"a\\xff.png"
+        else:
+            with pytest.raises(ImageError, match="gone"):
+                storage.read_bytes(storage.join(tmp_path, one.key), one.etag)
+
+
 # -------------------------------------------------------------------------------------------------- versions
 
 
