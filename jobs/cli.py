@@ -98,7 +98,7 @@ def _run(job: str, config: BaseModel) -> int:
     result: BaseModel = importlib.import_module(f"jobs.{job}").run(config)
     if result_uri is not None:
         storage.write_bytes(result_uri, result.model_dump_json(indent=2).encode())
-    show(result, Console())
+    show(result, Console(emoji=False))
     return int(getattr(result, "exit_code", ExitCode.DONE))
 
 
