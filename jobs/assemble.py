@@ -41,6 +41,7 @@ class Found(NamedTuple):
 def run(config: AssembleConfig) -> AssembleResult:
     """Write the mask. ConfigError where there is none, or some of its windows are missing: all of them are named."""
     output = output_at(config.output)
+    storage.refuse_unwritable(config.out)
     newest = _newest(output, config)
     first = next(iter(newest.values())).row
     height, width = _size(config.key, newest)

@@ -90,13 +90,15 @@ def _run(job: str, config: BaseModel) -> int:
 
     from jobs.summary import show
 
-    result: BaseModel = importlib.import_module(f"jobs.{job}").run(config)
     result_uri: str | None = getattr(config, "result", None)
     if result_uri is not None:
         from jobs import storage
 
+        storage.refuse_unwritable(result_uri)
+    result: BaseModel = importlib.import_module(f"jobs.{job}").run(config)
+    if result_uri is not None:
         storage.write_bytes(result_uri, result.model_dump_json(indent=2).encode())
-    show(result, Console())
+    show(result, Console(emoji=False))
     return int(getattr(result, "exit_code", ExitCode.DONE))
 
 

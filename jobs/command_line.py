@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.exceptions import UnusedCliTokensError
+from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
@@ -132,11 +132,17 @@ def _project_error(error: BaseException | None) -> UnetppError | None:
 def _mistyped(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected word {error.unused_tokens[0]!r}: a value follows its flag; --help lists the flags."
+    if isinstance(error, UnknownOptionError) and not (word := error.token.keyword or error.token.value).startswith(
+        "--"
+    ):
+        return (
+            f"{word!r} is no flag; a value that begins with a dash is given as --flag={word}. --help lists the flags."
+        )
     return f"{' '.join(str(error).split())} --help lists what there is."
 
 
 def _say(program: str, sentences: Iterable[str]) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     for sentence in sentences:
         console.print(f"[bold red]{program}:[/] {escape(sentence)}")
 

@@ -58,16 +58,26 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             entries,
             key=lambda at: os.fsencode(at.name) + b"/" * (os.path.isdir(at) if at.is_symlink() else at.is_dir()),
         )
+    given: set[str] = set()
     for entry in ordered:
         found = _stat(entry.path)
         if found is None:
             continue  # a link to nowhere or to itself, or deleted while we list
-        # Names that are no UTF-8 get a printable key; the read then says `gone` in the image's row.
-        key = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+        key = prefix + _printable(folder, entry.name, given)
         if stat.S_ISREG(found.st_mode):
             yield key, _etag(found), found.st_size
         elif stat.S_ISDIR(found.st_mode) and (found.st_dev, found.st_ino) not in above:
             yield from _walk(entry.path, key + "/", above | {(found.st_dev, found.st_ino)})
+
+
+def _printable(folder: str, name: str, given: set[str]) -> str:
+    """The name; of one that is no UTF-8, a text that no file there has: a read then says `gone` in the image's row."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    if text != name:
+        while text in given or os.path.lexists(os.path.join(folder, text)):
+            text = f"\\{text}"
+        given.add(text)
+    return text
 
 
 def find(path: str) -> tuple[str, int] | None:

@@ -9,10 +9,11 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import fsspec
@@ -27,16 +28,23 @@ VERSION_KEYS = (
     *("ETag", "etag", "generation", "md5Hash", "content_md5", "Content-MD5", "checksum"),
     *("Last-Modified", "mtime", "LastModified", "last_modified", "updated", "modify", "created"),
 )
+SECRET = re.compile(r".*(signature|sig|token|credential|secret|password|api[-_]?key)", re.IGNORECASE)
+"""The names of a query's values that let whoever has the address in."""
 NOT_HERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def check(uri: str) -> None:
-    """ConfigError where no installed driver reads such an address, or where it holds a password."""
+    """ConfigError where no installed driver reads such an address, or where it holds a password or a signature."""
     parts = urlsplit(uri)
     if parts.password is not None:
         raise ConfigError(
             f"a location at {parts.hostname} holds a password: never write one into a location; its driver takes "
             "credentials from the environment or from files of its own"
+        )
+    if secret := next((name for name, _ in parse_qsl(parts.query, True) if SECRET.fullmatch(name)), None):
+        raise ConfigError(
+            f"a location at {parts.hostname} holds a secret, {secret!r}, which would be part of every record: give one "
+            "that needs none; for an object that was signed for, the place itself, such as s3://profile@bucket/key"
         )
     if parts.scheme in ("s3a", "s3n", "local"):
         raise ConfigError(f"{uri!r}: cannot open {parts.scheme}://; wanted s3:// or a local path")

@@ -44,6 +44,7 @@ _REFUSALS: dict[str, tuple[ImageErrorCode, str]] = {
     "damaged": ("archive", "cannot be read from byte {position} on: damaged, cut short, or not what its name says"),
     "rows": ("archive", "cannot be read from row {position} on: damaged, cut short, or not what its name says"),
     "table": ("archive", "has no column of image bytes: name one with image_column"),
+    "names": ("archive", "has no column of the name that name_column says"),
     "unended": ("archive", "ends at byte {position} without the mark of an end: it may be cut short"),
     "count": ("too_large", "has more than max_members members: those from {position} on are left out"),
     "bomb": ("too_large", "unpacks to more than max_ratio times its size: members from {position} on are left out"),

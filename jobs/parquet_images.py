@@ -31,13 +31,16 @@ def index(stream: BinaryIO, archive_bytes: int, columns: Columns, limits: Limits
         if (image := _image_column(file.schema_arrow, columns.image)) is None:
             yield rest("table", 0)
             return
+        if lacks_names(file.schema_arrow, columns):
+            yield rest("names", 0)
+            return
         name = _name_column(file.schema_arrow, columns.name)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         if sum(group.total_byte_size for group in groups) > max_bytes:
             yield rest("bomb", 0)
             return
         for value, told in _values(file, image, name):
-            member = _member(value, told, row, limits)
+            member = _member(value, told, row, limits, is_named=name is not None)
             total += member.size_bytes
             if row == limits.max_members or total > max_bytes:
                 yield rest("count" if row == limits.max_members else "bomb", row)
@@ -51,6 +54,11 @@ def index(stream: BinaryIO, archive_bytes: int, columns: Columns, limits: Limits
 def has_images(schema: pa.Schema, columns: Columns) -> bool:
     """Whether a column of image bytes is there."""
     return _image_column(schema, columns.image) is not None
+
+
+def lacks_names(schema: pa.Schema, columns: Columns) -> bool:
+    """Whether a column of names was asked for that is not there."""
+    return columns.name is not None and columns.name not in schema.names
 
 
 def read(stream: BinaryIO, rows: Sequence[int], columns: Columns) -> Iterator[bytes | None]:
@@ -77,16 +85,28 @@ def read(stream: BinaryIO, rows: Sequence[int], columns: Columns) -> Iterator[by
         yield None
 
 
-def _member(value: Any, told: Any, row: int, limits: Limits) -> Member:
-    inner = value.get("path") if isinstance(value, dict) else None
-    told = inner if told is None else told
-    name, _ = (str(row), False) if told in (None, "") else name_of(str(told).encode("utf-8", "surrogatepass"))
+def _member(value: Any, told: Any, row: int, limits: Limits, *, is_named: bool) -> Member:
+    name = _name(value, told, row, is_named)
     content = _bytes_of(value)
     if content is None:
         return Member(name, refused("empty"), 0, row)
     if len(content) > limits.max_member_bytes:
         return Member(name, refused("size"), len(content), row)
     return Member(name, sha256(content), len(content), row)
+
+
+def _name(value: Any, told: Any, row: int, is_named: bool) -> str:
+    """A row's name: what the column of names says, else the path of the image, else the row's number.
+
+    The number of a row is no other's name: beside names it is written as none can be, beside paths a path of digits is
+    none.
+    """
+    inner = value.get("path") if isinstance(value, dict) else None
+    told = inner if told is None else told
+    name = "" if told in (None, "") else name_of(str(told).encode("utf-8", "surrogatepass"))[0]
+    if is_named:
+        return name or f"%row{row}"
+    return str(row) if not name or name.isdecimal() else name
 
 
 def _open(stream: BinaryIO) -> pq.ParquetFile:
@@ -127,7 +147,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _name_column(schema: pa.Schema, asked: str | None) -> str | None:
-    return next((name for name in ((asked,) if asked else NAME_COLUMNS) if name in schema.names), None)
+    return asked or next((name for name in NAME_COLUMNS if name in schema.names), None)
 
 
 def schema_of(content: BinaryIO) -> pa.Schema | None:

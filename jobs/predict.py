@@ -77,7 +77,7 @@ class _Call:
 
     def work(self) -> PredictResult:
         """Resume what is unfinished, then open one run of what is new."""
-        output_uri = storage.canonical(self._config.output)
+        output_uri = storage.canonical_sink(self._config.output)
         sources = resolve(self._config.input, output_uri)
         predictor = self._load(output_uri)
         config = self._config

@@ -124,6 +124,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
 
     Raises:
         ConfigError: nothing is listed, or an input of the unfinished run is gone.
+        StorageError: the name of the next run is taken by one that no listing shows.
     """
     while True:
         found = list_runs(archive.output_uri)
@@ -156,6 +157,8 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
         if not plan.num_shards:
             return Unchanged(plan.num_listed)
         opened = _open(archive, run, plan)
+        if opened is None and run not in list_runs(archive.output_uri):
+            raise StorageError(f"{archive.run_uri(run)} is taken, and no listing shows it: look at what is there")
         if opened is not None and not _give_up_forgotten(archive, opened):
             return Opening(opened, is_ours=True)
 

@@ -5,15 +5,7 @@ from unetpp.errors import ConfigError
 
 def split(uri: str) -> tuple[str, str]:
     """(bucket, key), the key exactly as it is written."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    profile, at, bucket = bucket.rpartition("@")
-    if ":" in profile:
-        raise ConfigError(
-            f"a location in the bucket {bucket!r} holds a password: never write one into a location; put the keys into "
-            "a profile of the AWS config files, and name that: s3://profile@bucket/prefix"
-        )
-    if not bucket or (at and not profile):
-        raise ConfigError(f"{uri!r} names no bucket; wanted s3://bucket/prefix or s3://profile@bucket/prefix")
+    _, bucket, key = _parts(uri)
     return bucket, key
 
 
@@ -25,7 +17,23 @@ def without_profile(uri: str) -> str:
 
 def profile_of(uri: str) -> str | None:
     """The storage profile that a location names; None where it names none."""
-    return uri.removeprefix("s3://").partition("/")[0].rpartition("@")[0] or None
+    return _parts(uri)[0] or None
+
+
+def _parts(uri: str) -> tuple[str, str, str]:
+    """(profile, bucket, key). ConfigError, which tells no secret, for a location that is none."""
+    host, _, key = uri.removeprefix("s3://").partition("/")
+    profile, at, bucket = host.rpartition("@")
+    if ":" in host:  # a secret may have a slash of its own, before the @
+        before, _, after = uri.rpartition("@")
+        raise ConfigError(
+            f"an s3:// location{f' ending in {after!r}' if before else ''} holds a password, or a port: never write "
+            "one into a location; put keys and endpoint_url into a profile of the AWS config files, and name that: "
+            "s3://profile@bucket/prefix"
+        )
+    if not bucket or (at and not profile):
+        raise ConfigError(f"{uri!r} names no bucket; wanted s3://bucket/prefix or s3://profile@bucket/prefix")
+    return profile, bucket, key
 
 
 def endpoint_of(profile: str) -> str | None:

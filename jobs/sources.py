@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import posixpath
 import threading
 from collections import deque
@@ -63,8 +64,11 @@ def _source(uri: str) -> Source:
 
 
 def _is_within(uri: str, folder: str) -> bool:
-    """Whether a place is that folder, or below it."""
-    return f"{storage.plain(uri)}/".startswith(storage.join(storage.plain(folder), ""))
+    """Whether a place is that folder, or below it; of local ones, also where links lead there."""
+    spellings = [(storage.plain(uri), storage.plain(folder))]
+    if "://" not in uri and "://" not in folder:
+        spellings.append((os.path.realpath(uri), os.path.realpath(folder)))
+    return any(f"{inner}/".startswith(storage.join(outer, "")) for inner, outer in spellings)
 
 
 def limits_of(config: PredictOptions) -> Limits:
@@ -128,6 +132,8 @@ class Listing:
             if ended.is_set():
                 raise CancelledError
 
+        if members.split(found.key) is not None:
+            return [members.rest("named", 0)]
         archive = Archive(found.uri, found.etag, found.size_bytes, self._limits, self._columns, go_on)
         try:
             return archive.members(self._indexes_uri)
@@ -193,14 +199,25 @@ def _rows_of(source: Source, found: StoredObject, columns: Columns) -> Rows | No
     if name.endswith(".csv"):
         return _csv_rows(source.uri, storage.open_stream(source.uri, found.etag, found.size_bytes))
     schema = parquet_images.schema_of(open_it()) if name.endswith(".parquet") else None
-    if schema is None or parquet_images.has_images(schema, columns):
+    if schema is None:
+        return None
+    if parquet_images.has_images(schema, columns):
+        if parquet_images.lacks_names(schema, columns):
+            raise ConfigError(f"{source.uri} has the columns {', '.join(schema.names)}: --name-column is none of them")
         return None
     if "uri" not in schema.names:
         raise ConfigError(
             f"{source.uri} has the columns {', '.join(schema.names)}: wanted image bytes in one of "
             f"{', '.join(parquet_images.IMAGE_COLUMNS)} (or --image-column), or `uri`, which names images"
         )
-    return parquet_images.rows(open_it())
+    return _parquet_rows(source.uri, open_it())
+
+
+def _parquet_rows(uri: str, content: BinaryIO) -> Rows:
+    try:
+        yield from parquet_images.rows(content)
+    except parquet_images.BROKEN as error:
+        raise ConfigError(f"{uri} cannot be read: {error}; wanted Parquet with a column uri: write it anew") from None
 
 
 def _csv_rows(uri: str, stream: BinaryIO) -> Rows:
@@ -219,7 +236,7 @@ def _named(number: int, source: Source, rows: Rows) -> Iterator[_Found]:
     """The objects that a manifest names, in its order, asked for side by side."""
 
     def look(row: dict[str, Any]) -> _Found:
-        key, extra = _key(source, row.pop("uri")), json.dumps(row, default=str, ensure_ascii=False)
+        key, extra = _key(source, row.pop("uri")), _as_json(row)
         found = storage.find(place(source.root, key))
         etag, size_bytes = ("", 0) if found is None else (found.etag, found.size_bytes)
         return _Found(number, source, key, etag, size_bytes, extra)
@@ -229,9 +246,15 @@ def _named(number: int, source: Source, rows: Rows) -> Iterator[_Found]:
             yield from threads.map(look, some)
 
 
+def _as_json(row: dict[str, Any]) -> str:
+    """JSON as every reader takes it: of numbers that it has none for, null."""
+    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)
+
+
 def _key(source: Source, uri: object) -> str:
     """Of an image that a manifest names: its path below the manifest's folder, else its whole address."""
-    if not isinstance(uri, str) or not uri:
+    if not isinstance(uri, str) or not uri or "\0" in uri:
         raise ConfigError(f"{source.uri} has a row whose uri is {uri!r}: wanted a URI, or a path below {source.root}")
     if "://" not in uri and not uri.startswith("/"):
         uri = posixpath.normpath(uri)

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ def canonical(uri: str | Path) -> str:
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local path is file:///folder or /folder")
+        if "#" in text or "?" in text:
+            raise ConfigError(f"{text!r} has a # or ? in its path: write %23 for #, %3F for ?, or the plain path")
         text = unquote(parts.path)
     elif scheme:
         from jobs import foreign
@@ -71,6 +74,11 @@ def canonical(uri: str | Path) -> str:
     if not text:
         raise ConfigError("a location is empty; wanted a local path, file:// or s3://")
     return os.path.abspath(text)
+
+
+def canonical_sink(uri: str | Path) -> str:
+    """As `canonical`, of a place that is to be written. ConfigError where that cannot be, whoever may write."""
+    return _writable(canonical(uri))
 
 
 def plain(uri: str) -> str:
@@ -245,6 +253,21 @@ def refuses_overwrites(root: str | Path) -> bool:
         delete(probe)
 
 
+def refuse_unwritable(uri: str | Path) -> None:
+    """Raise what writing this object would, before there is anything to write: found out with a probe beside it.
+
+    ConfigError where a folder is there.
+    """
+    place = canonical_sink(uri)
+    folder = place.rpartition("/")[0]
+    is_folder = folder == "s3:/" if is_remote(place) else os.path.isdir(place)
+    if is_folder or os.fspath(uri).endswith("/"):
+        raise ConfigError(f"{uri} is a folder; wanted the name of a file to write")
+    probe = join(folder, f"{SCRATCH}-{uuid.uuid4().hex}")
+    write_bytes(probe, b"")
+    delete(probe)
+
+
 def age_s(uri: str | Path, *, root: str | Path) -> float | None:
     """Seconds since the object was last written, by the store's own clock; None where it is absent.
 
@@ -335,6 +358,11 @@ def _writable(uri: str | Path) -> str:
     place = _object(uri)
     if "://" in place and not is_remote(place):
         raise ConfigError(f"{place} can be read, not written; wanted a local path or s3:// for what is written")
+    if is_remote(place) and "//" in (key := f"/{s3_uri.split(place)[1]}"):
+        raise ConfigError(
+            f"{place} has a doubled slash, which some stores and readers take for one and others do not: wanted "
+            f"s3://bucket{re.sub('/+', '/', key)} for what is written"
+        )
     return place
 
 

@@ -189,6 +189,19 @@ def test_inputs_that_overlap_are_refused(tmp_path: Path) -> None:
         sources.resolve([f"{tmp_path}/a"], f"{tmp_path}/a/out")
 
 
+def test_what_lies_in_an_input_by_way_of_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in.tar").write_bytes(b"")
+    (tmp_path / "in" / "x.tar").symlink_to("../in.tar")
+    (tmp_path / "link").symlink_to("in")
+    for given, output in (("in", "link/masks"), ("link", "in/sub/masks"), ("link", "link")):
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            sources.resolve([f"{tmp_path}/{given}"], f"{tmp_path}/{output}")
+    for other in ("link/sub", "in/x.tar"):
+        with pytest.raises(ConfigError, match="is part of the input"):
+            sources.resolve([f"{tmp_path}/in", f"{tmp_path}/{other}"], f"{tmp_path}/out")
+
+
 def test_an_input_may_lie_directly_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"/x.tar": tar_of({"a.png": b"a"}), "/l.csv": b"uri\nb.png\n/c.png\n", "/b.png": b"b", "/c.png": b"c"}
     objects = {uri: storage.StoredObject(uri[1:], "1-1", len(content)) for uri, content in there.items()}
@@ -381,6 +394,30 @@ def test_a_parquet_column_may_be_named_nested_and_without_names(tmp_path: Path, 
     assert read(str(tmp_path), named, Columns("picture")) == values
 
 
+def test_rows_without_a_name_never_have_the_name_of_another(tmp_path: Path, images) -> None:
+    values = list(images.values())[:5]
+    names = ["2", None, "%row1", "", "0"]
+    pq.write_table(pa.table({"key": names, "image": values}), tmp_path / "a.parquet")
+    nested = [
+        {"bytes": value, "path": name} for value, name in zip(values, ["1", None, "a.png", "./3", ""], strict=True)
+    ]
+    pq.write_table(pa.table({"image": nested}), tmp_path / "b.parquet")
+    found = listed(str(tmp_path))
+    assert [one.key.partition("#")[2] for one in found[:5]] == ["2", "%row1", "%25row1", "%row3", "0"]
+    assert [one.key.partition("#")[2] for one in found[5:]] == ["0", "1", "a.png", "3", "4"]
+    assert read(str(tmp_path), found) == values * 2
+
+
+def test_a_column_of_names_that_is_not_there_is_refused(tmp_path: Path, images) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet_of(images))
+    with pytest.raises(ConfigError, match=r"a\.parquet has the columns key, image: --name-column is none of them"):
+        listed(f"{tmp_path}/a.parquet", name_column="kye")
+    (row,) = listed(str(tmp_path), name_column="kye")
+    (error,) = read(str(tmp_path), [row], Columns(None, "kye"))
+    assert (row.key, error.code) == ("a.parquet", "archive")
+    assert "name_column" in error.detail
+
+
 def test_a_compressed_tar_is_read_by_few_shards(segment, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.tar.gz").write_bytes(tar_of({f"{number:03d}.png": b"" for number in range(120)}, "w:gz"))
@@ -464,6 +501,7 @@ def test_a_manifest_that_names_a_link_to_itself_has_a_row_more(segment, images, 
         ("path,who\na.png,x\n", "wanted one of them to be uri"),
         ("uri\na.png\n\xff\n", "wanted CSV in UTF-8"),
         ("uri,who\n,x\n", "has a row whose uri is ''"),
+        ("uri\na\0.png\n", r"has a row whose uri is 'a\\x00.png'"),
         ("uri\n../a.png\n", "leads out of its folder"),
         ("uri\na.png\nb.png\na.png\n", "'a.png' is listed twice"),
     ],
@@ -472,6 +510,29 @@ def test_a_manifest_that_makes_no_sense_is_refused(segment, tmp_path: Path, text
     (tmp_path / "l.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=says):
         segment(f"{tmp_path}/out", f"{tmp_path}/l.csv")
+
+
+def test_a_damaged_parquet_manifest_is_refused(segment, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"uri": [f"{number}.png" for number in range(5000)]}), buffer, compression="zstd")
+    content = bytearray(buffer.getvalue())
+    content[200:4000] = bytes(3800)
+    (tmp_path / "l.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"l\.parquet cannot be read: .*wanted Parquet with a column uri"):
+        segment(f"{tmp_path}/out", f"{tmp_path}/l.parquet")
+
+
+def test_what_a_manifest_says_becomes_json_that_every_reader_takes(tmp_path: Path) -> None:
+    said = {
+        "uri": ["a.png", "b.png"],
+        "dose": [float("nan"), 0.5],
+        "at": [[float("-inf"), 1.0], None],
+        "who": ["é", ""],
+    }
+    pq.write_table(pa.table(said), tmp_path / "l.parquet")
+    (tmp_path / "a.png").touch()
+    extras = [one.extra for one in listed(f"{tmp_path}/l.parquet")]
+    assert extras == ['{"dose": null, "at": [null, 1.0], "who": "é"}', '{"dose": 0.5, "at": null, "who": ""}']
 
 
 def test_an_objects_name_is_never_taken_for_an_address(place: str, images) -> None:
@@ -486,3 +547,15 @@ def test_an_object_named_like_a_member_is_told_from_it(segment, images, tmp_path
     segment(f"{tmp_path}/out", f"{tmp_path}/in")
     codes = {row["key"]: row["error_code"] for row in rows_of(f"{tmp_path}/out")}
     assert codes == {"x.tar#a.png": None, "x.tar#b.png": "archive"}
+
+
+def test_an_archive_below_a_folder_named_like_one_is_a_row(segment, images, tmp_path: Path) -> None:
+    (tmp_path / "in" / "x.zip#old").mkdir(parents=True)
+    for name, pack in PACKED.items():
+        (tmp_path / "in" / "x.zip#old" / name).write_bytes(pack({"a.png": images["00.png"]}))
+    (tmp_path / "l.csv").write_text("uri\nin/x.zip#old/x.tar\n")
+    for number, place in enumerate(("in", "l.csv")):
+        segment(f"{tmp_path}/out{number}", f"{tmp_path}/{place}", max_failed_share=1)
+        found = {(row["key"].rpartition("/")[2], row["error_code"]) for row in rows_of(f"{tmp_path}/out{number}")}
+        assert found == {(name, "archive") for name in (PACKED if place == "in" else ["x.tar"])}
+        assert all("rename it" in row["error"] for row in rows_of(f"{tmp_path}/out{number}"))

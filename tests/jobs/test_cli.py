@@ -227,6 +227,10 @@ def test_a_setting_carries_any_yaml_value(value: object) -> None:
             "level.x: level is the value 1, not a section with keys",
         ),
         ([*PREDICT, "extra"], "unexpected word 'extra': a value follows its flag; --help lists the flags."),
+        (
+            ["explain", "r", "-x.png"],
+            "'-x.png' is no flag; a value that begins with a dash is given as --flag=-x.png. --help lists the flags.",
+        ),
         (["predcit"], None),
         (["predict", "--level"], None),
     ],
@@ -235,6 +239,11 @@ def test_a_mistake_is_one_sentence(words: list[str], sentence: str | None, refus
     sentences = refused(*words)
     assert len(sentences) == 1
     assert sentence is None or sentences[0] == sentence
+
+
+def test_a_name_is_shown_as_it_is(refused) -> None:
+    (sentence,) = refused("explain", "/[b]:smile:", ":smile:.png")
+    assert "there is no run at /[b]:smile:;" in sentence
 
 
 def test_every_problem_gets_its_own_sentence(refused) -> None:

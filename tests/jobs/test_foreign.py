@@ -119,6 +119,28 @@ def test_it_is_never_written(served: str) -> None:
             write()
 
 
+@pytest.mark.parametrize(
+    "name", ["X-Amz-Signature", "x-goog-credential", "sig", "Signature", "access_token", "api-key"]
+)
+def test_a_secret_in_a_query_is_refused_and_not_shown(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    uri = f"https://host/a.png?versionId=1&{name}=CANARY"
+    (tmp_path / "l.csv").write_text(f"uri\n{uri}\n")
+    words = {"model": str(tiny_model), "output": f"{tmp_path}/out", "backend": "inline", "threads": 1}
+    for look in (
+        lambda: storage.canonical(uri),
+        lambda: storage.find(uri),
+        lambda: predict.run(PredictConfig.model_validate({**words, "input": f"{tmp_path}/l.csv"})),
+    ):
+        with pytest.raises(ConfigError, match=f"a location at host holds a secret, '{name}'") as refused:
+            look()
+        assert "CANARY" not in str(refused.value)
+    assert "CANARY" not in "".join(path.read_text("latin-1") for path in tmp_path.glob("out/**/*") if path.is_file())
+
+
+def test_a_query_that_tells_no_secret_is_part_of_an_address() -> None:
+    assert storage.canonical("https://host/images?id=7&key=a.png") == "https://host/images?id=7&key=a.png"
+
+
 def test_a_dead_server_is_a_store_that_is_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.foreign.MAX_ATTEMPTS", 2)
     with pytest.raises(StorageError, match="cannot be read"):

@@ -513,6 +513,15 @@ def test_an_unfinished_run_is_resumed_before_anything_new(segment, images: Path,
     assert [row["key"] for row in _rows(result) if row["run"] == "r00002"] == ["new.png"]
 
 
+def test_a_run_that_no_listing_shows_is_told_and_not_looked_for_again_and_again(
+    segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment()
+    monkeypatch.setattr("jobs.runs.list_runs", lambda output: {})
+    with pytest.raises(StorageError, match="r00001 is taken, and no listing shows it"):
+        segment(window_px=64)
+
+
 def test_an_unfinished_run_waits_for_an_input_that_vanished(segment, images: Path, tmp_path: Path) -> None:
     named = images / "chosen.csv"
     named.write_text("uri\na.png\n")
@@ -721,6 +730,9 @@ def test_bad_input_is_one_sentence_and_its_exit_code(
     assert "no image below" in refused(ExitCode.CONFIG, *model, "--input", "s3://archive/nothing-here", *out)
     assert "no bucket" in refused(ExitCode.STORAGE, *model, "--input", "s3://no-such-bucket/a", *out)
     assert "no bucket" in refused(ExitCode.STORAGE, *model, *images, "--output", "s3://no-such-bucket/a")
+    assert "doubled slash" in refused(ExitCode.CONFIG, *model, *images, "--output", "s3://output/team//masks")
+    results = ("--result", archive)
+    assert "is a folder; wanted the name of a file" in refused(ExitCode.CONFIG, *model, *images, *out, *results)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert "AWS_SECRET_ACCESS_KEY" in refused(ExitCode.STORAGE, *model, "--input", "s3://archive/a", *out)
     assert not (tmp_path / "out" / "runs").exists()

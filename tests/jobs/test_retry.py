@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs import explain, forget, forgotten, predict, retry, status
+from jobs.cli import run_command_line
 from jobs.contract import ExplainConfig, ForgetConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
 from jobs.table import read_masks
 from unetpp.checkpoint import save_pretrained
@@ -126,3 +127,8 @@ def test_explain_tells_the_story_of_an_image(run_uri: str, again) -> None:
     assert Path(told.rows[0].mask_uri or "").is_file()
     unknown = explain.run(ExplainConfig(run=run_uri, key="nothing.png"))
     assert (unknown.is_in_manifest, unknown.is_committed, unknown.rows) == (False, False, ())
+
+
+def test_a_key_is_shown_as_it_is_written(run_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line("explain", [run_uri, "[b]:smile:.png"]) == 0
+    assert "has no [b]:smile:.png:" in capsys.readouterr().out

@@ -185,6 +185,19 @@ def test_a_name_that_is_no_utf8_is_listed_and_reads_as_gone(tmp_path: Path) -> N
         storage.read_bytes(storage.join(tmp_path, listed.key), listed.etag)
 
 
+def test_names_that_are_no_utf8_have_keys_that_no_other_file_has(tmp_path: Path) -> None:
+    for name in (b"a\xff.png", b"a\\xff.png", b"\xfe\\xff", b"\\xfe\xff"):
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    found = list(storage.list_objects(tmp_path))
+    assert {one.key for one in found} == {"a\\xff.png", "\\a\\xff.png", "\\xfe\\xff", "\\\\xfe\\xff"}
+    for one in found:
+        if one.key == "a\\xff.png":
+            assert storage.read_bytes(storage.join(tmp_path, one.key), one.etag) == b"a\\xff.png"
+        else:
+            with pytest.raises(ImageError, match="gone"):
+                storage.read_bytes(storage.join(tmp_path, one.key), one.etag)
+
+
 # -------------------------------------------------------------------------------------------------- versions
 
 
@@ -467,6 +480,9 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None
         "s3a://bucket/key",
         "http://me:word@host/key",
         "file://host/key",
+        "file:///data/run#2/images",
+        "file:///data/run?2",
+        "file:///data/images#",
         "s3:///key",
         "",
     ],
@@ -481,6 +497,15 @@ def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     spellings = ["data", "./data/", f"{tmp_path}/data", f"file://{tmp_path}/data/", Path("data")]
     assert {storage.canonical(uri) for uri in spellings} == {f"{tmp_path}/data"}
     assert storage.canonical("s3://bucket/prefix/") == "s3://bucket/prefix"
+    assert storage.canonical("file:///run%232/%3F") == storage.canonical("/run#2/?") == "/run#2/?"
+
+
+@pytest.mark.parametrize("uri", ["s3://archive/team//masks", "s3://archive//masks"])
+def test_nothing_is_written_below_a_name_that_is_empty(uri: str, s3_environment) -> None:
+    for write in (storage.canonical_sink, storage.refuses_overwrites, lambda uri: storage.write_bytes(uri, b"")):
+        with pytest.raises(ConfigError, match=r"has a doubled slash.* wanted s3://bucket/.*masks"):
+            write(uri)
+    assert storage.canonical(uri) == uri  # to read, it is a place as any other
 
 
 # --------------------------------------------------------------------------------------------------- folders
@@ -526,6 +551,19 @@ def test_an_object_cannot_climb_out_of_the_cache(flaky_server, tmp_path: Path, m
 def test_a_store_that_keeps_what_is_there_is_told_from_one_that_overwrites(place: str) -> None:
     assert storage.refuses_overwrites(place)
     assert list(storage.list_objects(place)) == []  # the probe is gone
+
+
+def test_a_place_that_cannot_be_written_is_known_before(place: str, tmp_path: Path) -> None:
+    storage.refuse_unwritable(f"{place}/new/result.json")
+    assert list(storage.list_objects(place)) == []  # the probe is gone
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="a file is where a folder is wanted"):
+        storage.refuse_unwritable(tmp_path / "file" / "result.json")
+    with pytest.raises(ConfigError, match="can be read, not written"):
+        storage.refuse_unwritable("memory://result.json")
+    for folder in (tmp_path, f"{place}/new/", "s3://archive"):
+        with pytest.raises(ConfigError, match="is a folder; wanted the name of a file"):
+            storage.refuse_unwritable(folder)
 
 
 def test_a_server_that_ignores_the_condition_is_found_out(flaky_server) -> None:
@@ -583,9 +621,12 @@ def test_locations_are_told_without_their_profile() -> None:
 def test_an_unknown_profile_and_a_password_are_refused_in_a_sentence(profiles: None) -> None:
     with pytest.raises(ConfigError, match="there is no storage profile 'nobody'"):
         storage.exists("s3://nobody@archive/x")
-    with pytest.raises(ConfigError, match="never write one into a location") as refused:
-        storage.canonical("s3://me:hunter2@archive/x")
-    assert "hunter2" not in str(refused.value)
+    for look in (storage.canonical, storage.plain, storage.find, lambda uri: storage.write_bytes(uri, b"")):
+        for uri in ("s3://me:hunter2@archive/x", "s3://me:2hunter/hunter2@archive/x"):
+            with pytest.raises(ConfigError, match="never write one into a location") as refused:
+                look(uri)
+            assert "hunter" not in str(refused.value)
+            assert "archive/x" in str(refused.value)
 
 
 # ------------------------------------------------------------------------------------------------ damage on the way

@@ -476,3 +476,5 @@ def test_the_command_writes_the_mask(segment, image_dir: Path, tmp_path: Path, t
     assert to_channels(decode_image(Path(out).read_bytes()), 1).shape == (HEIGHT, WIDTH, 1)
     assert run_command_line("assemble", [str(tmp_path / "out"), "no.tif", "--out", out]) == 10
     assert "has no image 'no.tif'" in capsys.readouterr().err
+    assert run_command_line("assemble", [str(tmp_path / "out"), "no.tif", "--out", str(tmp_path)]) == 10
+    assert "is a folder; wanted the name of a file" in capsys.readouterr().err
