@@ -254,18 +254,11 @@ def refuses_overwrites(root: str | Path) -> bool:
 
 
 def refuse_unwritable(uri: str | Path) -> None:
-    """Raise what writing this object would, before there is anything to write: found out with a probe beside it.
-
-    ConfigError where a folder is there.
-    """
+    """ConfigError, before there is anything to write, for a place that no object can be written to."""
     place = canonical_sink(uri)
-    folder = place.rpartition("/")[0]
-    is_folder = folder == "s3:/" if is_remote(place) else os.path.isdir(place)
+    is_folder = place.rpartition("/")[0] == "s3:/" if is_remote(place) else os.path.isdir(place)
     if is_folder or os.fspath(uri).endswith("/"):
         raise ConfigError(f"{uri} is a folder; wanted the name of a file to write")
-    probe = join(folder, f"{SCRATCH}-{uuid.uuid4().hex}")
-    write_bytes(probe, b"")
-    delete(probe)
 
 
 def age_s(uri: str | Path, *, root: str | Path) -> float | None:
