@@ -160,7 +160,7 @@ class _Stored:
         """The pixels inside a box, not turned."""
         page = self._page
         image_HWC = np.empty((box.height, box.width, len(self._channels)), page.dtype)
-        pieces = list(self._rows(box) if page.is_contiguous and not page.is_tiled else self._segments(box))
+        pieces = list(self._rows(box) if _is_in_rows(page) else self._segments(box))
         for batch in _batches(pieces):
             for piece, content in zip(batch, fetch(self._read, [piece.span for piece in batch]), strict=True):
                 found_HWS = piece.decode(content)
@@ -175,7 +175,7 @@ class _Stored:
         return as_shown(page, image_HWC)
 
     def _rows(self, box: Box) -> Iterator[_Piece]:
-        """Samples that lie in the file row by row as they are: of each row the box's columns."""
+        """Of each row the box's columns."""
         page = self._page
         num_samples = page.shaped[4]
         assert page.dtype is not None
@@ -242,7 +242,12 @@ def _stored(page: tifffile.TiffPage, bands: Bands | None, read: Read, size_bytes
         return None
     channels, side = channels_of(page, bands), _side(page)
     is_small = 0 < side[0] * side[1] <= MAX_SEGMENT_PX
-    return _Stored(page, channels, read, size_bytes) if is_small or (page.is_contiguous and not page.is_tiled) else None
+    return _Stored(page, channels, read, size_bytes) if is_small or _is_in_rows(page) else None
+
+
+def _is_in_rows(page: tifffile.TiffPage) -> bool:
+    """Whether its samples lie in the file row by row as they are."""
+    return page.is_final and not page.is_tiled
 
 
 def _side(page: tifffile.TiffPage) -> tuple[int, int]:

@@ -1,0 +1,52 @@
+"""Regions: the pixels are those of the whole image, whatever the file says of how they are stored."""
+
+import io
+import struct
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tifffile
+
+from tests.pictures import picture
+from unetpp.images import read_image
+from unetpp.tiles import Box
+
+Array = npt.NDArray[Any]
+GREY = np.random.default_rng(3).integers(0, 256, (40, 60), np.uint8)
+
+
+def tiff(array: Array, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def tagged(array: Array, code: int, value: int, **options: Any) -> bytes:
+    """A TIFF with a tag that tifffile does not write: written in another's name."""
+    data = bytearray(tiff(array, metadata=None, extratags=[(65000, 3, 1, value, True)], **options))
+    tag = tifffile.TiffFile(io.BytesIO(data)).pages[0].tags[65000]
+    struct.pack_into("<H", data, tag.offset, code)
+    return bytes(data)
+
+
+def assert_whole_and_regions_are(data: bytes, wanted_HW: Array) -> None:
+    np.testing.assert_array_equal(read_image(data).image_HWC[..., 0], wanted_HW)
+    seen = picture(data)
+    assert (seen.height, seen.width) == wanted_HW.shape
+    for box in (Box(0, 0, seen.height, seen.width), Box(11, 7, 33, 52)):
+        np.testing.assert_array_equal(seen.region(box)[..., 0], wanted_HW[box.slices])
+
+
+# ------------------------------------------------------------------------------ samples that lie as they are
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("rowsperstrip", [7, 40])
+def test_bits_that_are_stored_backwards_are_turned(dtype: type, rowsperstrip: int) -> None:
+    wanted_HW = GREY.astype(dtype) * (np.iinfo(dtype).max // 255)
+    stored_HW = imagecodecs.bitorder_encode(wanted_HW)
+    data = tagged(stored_HW, 266, 2, rowsperstrip=rowsperstrip)
+    assert_whole_and_regions_are(data, wanted_HW)
