@@ -92,7 +92,11 @@ def page_of(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
         page = file.pages[number]
     except Exception:
         return None
-    return page if isinstance(page, tifffile.TiffPage) else None
+    if not isinstance(page, tifffile.TiffPage):
+        return None
+    if page.compression == 1:  # a predictor is a part of compression: without one libtiff does not look at it
+        page.predictor = 1
+    return page
 
 
 def pages_to_read(

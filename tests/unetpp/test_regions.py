@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tifffile
+from PIL import Image
 
 from tests.pictures import picture
 from unetpp.images import read_image
@@ -50,3 +51,10 @@ def test_bits_that_are_stored_backwards_are_turned(dtype: type, rowsperstrip: in
     stored_HW = imagecodecs.bitorder_encode(wanted_HW)
     data = tagged(stored_HW, 266, 2, rowsperstrip=rowsperstrip)
     assert_whole_and_regions_are(data, wanted_HW)
+
+
+@pytest.mark.parametrize("layout", [{}, {"rowsperstrip": 7}, {"tile": (16, 16)}])
+def test_a_predictor_without_compression_is_ignored_as_libtiff_does(layout: dict[str, Any]) -> None:
+    data = tagged(GREY, 317, 2, **layout)
+    np.testing.assert_array_equal(Image.open(io.BytesIO(data)), GREY)
+    assert_whole_and_regions_are(data, GREY)
