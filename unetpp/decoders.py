@@ -149,6 +149,15 @@ def pillow_pixels(picture: Image.Image) -> Array:
     raise ImageError("decode", f"{picture.format} pixels of type {mode} are not supported; convert them to grey or RGB")
 
 
+def grey_bits(picture: Image.Image) -> int:
+    """Bits of a sample, 1, 2, 4 or 8, of a grey picture that is not loaded yet."""
+    if picture.mode == "1":
+        return 1
+    args: Any = picture.tile[0].args  # type: ignore[attr-defined]
+    stored = args if isinstance(args, str) else str(args[0])
+    return {"L;2": 2, "L;4": 4}.get(stored[:3], 8)
+
+
 def _png_pixels(data: bytes) -> Array:
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("decode", "the PNG file is cut short: its end chunk is missing")

@@ -454,9 +454,56 @@ def test_labels_written_by_others_are_read() -> None:
     np.testing.assert_array_equal(decode_mask(saved(np.repeat(ids[..., None], 3, 2) * 100, "PNG"), 1), ids > 0)
 
 
+def packed(ids_HW: Array, bits: int) -> bytes:
+    """A grey PNG of 1, 2 or 4 bits; the width is a whole number of bytes."""
+    height, width = ids_HW.shape
+    samples = np.unpackbits(ids_HW[..., None], axis=2)[..., 8 - bits :]
+    rows = np.packbits(samples.reshape(height, -1), axis=1)
+    return png(height, width, bits, 0, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def packed_tiff(ids_HW: Array, bits: int) -> bytes:
+    samples, how = (ids_HW > 0, {}) if bits == 1 else (ids_HW, {"bitspersample": bits})
+    return tiff(samples, photometric="minisblack", **how)
+
+
+@pytest.mark.parametrize("write", [packed, packed_tiff])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ids_of_a_few_bits_are_the_values_before_they_are_stretched(write: Any, bits: int) -> None:
+    top = 2**bits - 1
+    ids = np.arange(48, dtype=np.uint8).reshape(3, 16) % (top + 1)
+    data = write(ids, bits)
+    np.testing.assert_array_equal(decode_image(data)[..., 0], ids * (255 // top))
+    np.testing.assert_array_equal(decode_mask(data, top + 1), ids)
+    np.testing.assert_array_equal(decode_mask(data, top + 1, ignore=255), ids)
+    np.testing.assert_array_equal(decode_mask(data, 1), ids > 0)
+    np.testing.assert_array_equal(decode_mask(data, 1, ignore=255), ids > 0)
+    if bits > 1:
+        np.testing.assert_array_equal(decode_mask(data, top, ignore=top), ids)
+        with pytest.raises(ImageError, match=f"must be 0 to {top - 1}, this mask has {top}"):
+            decode_mask(data, top)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP", "PPM"])
+def test_bits_that_others_write_are_ids_0_and_1(form: str) -> None:
+    data = saved(BITS, form, "1")
+    for num_classes, ignore in ((1, None), (1, 255), (2, None), (2, 255)):
+        np.testing.assert_array_equal(decode_mask(data, num_classes, ignore=ignore), BITS[..., 0] > 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.float32, np.float64])
+def test_ids_are_whole_numbers_of_any_type(dtype: type) -> None:
+    ids = np.array([[0, 1, 2], [2, 1, 0]], dtype)
+    np.testing.assert_array_equal(decode_mask(tiff(ids), 3), ids)
+    for wrong in (-1, 3, *([0.5] if dtype in (np.float32, np.float64) else [])):
+        ids[0, 0] = wrong
+        with pytest.raises(ImageError, match=f"must be 0 to 2, this mask has {wrong}$"):
+            decode_mask(tiff(ids), 3)
+
+
 def test_labels_out_of_range_are_refused() -> None:
     ids = np.array([[0, 255]], np.uint8)
-    with pytest.raises(ImageError, match="must be 0 to 2, this mask goes up to 255"):
+    with pytest.raises(ImageError, match="must be 0 to 2, this mask has 255"):
         decode_mask(saved(ids, "PNG"), 3)
     with pytest.raises(ImageError, match="grey or palette"):
         decode_mask(saved(RGB, "PNG"), 3)
@@ -487,7 +534,7 @@ def test_without_a_value_to_be_ignored_255_is_foreground_or_refused() -> None:
     np.testing.assert_array_equal(decode_mask(data, 1), [[0, 1, 1]])
     with pytest.raises(ImageError, match="must be 0 to 2, this"):
         decode_mask(data, 3)
-    with pytest.raises(ImageError, match="must be 0 to 2, or 254, which is ignored, this mask goes up to 255"):
+    with pytest.raises(ImageError, match="must be 0 to 2, or 254, which is ignored, this mask has 255"):
         decode_mask(data, 3, ignore=254)
 
 
