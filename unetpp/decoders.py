@@ -167,21 +167,52 @@ def _png_pixels(data: bytes) -> Array:
 
 _JPEG_COLORSPACES = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
 
-_JPEG_METADATA = re.compile(
-    r"ICC|JFIF|Adobe|SOS parameters|subsampling level|extraneous bytes before marker 0x(c[0-2]|db|e.|fe)"
-)
-"""What libjpeg says of things beside the pixels, for Pillow to judge. All else means that pixels were made up."""
+_JPEG_UNUSUAL = re.compile(r"Adobe|SOS parameters|subsampling level")
+"""What libjpeg says of headers that it can do with, for Pillow to judge. All else means that pixels were made up."""
+
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xfe])")
+_JPEG_SCAN, _JPEG_JFIF, _JPEG_ADOBE = 0xDA, 0xE0, 0xEE
+_JPEG_METADATA = {*range(0xE0, 0xF0), 0xFE} - {_JPEG_ADOBE}
+_PLAIN_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 
 
 def decode_jpeg_strictly(data: bytes) -> Array | None:
-    """Pixels as stored: grey, RGB or CMYK. ValueError where libjpeg warns about them, None where about metadata."""
+    """Pixels as stored: grey, RGB or CMYK. ValueError where libjpeg warns about them, None where about the header.
+
+    It warns once a file: what it says of metadata would hide damage behind them, so they are left out then.
+    """
     try:
-        *_, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        return np.asarray(simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLORSPACES.get(colorspace, "RGB")))
+        return _warnings_are_errors(data)
+    except ValueError:
+        pass
+    try:
+        return _warnings_are_errors(_without_metadata(data))
     except ValueError as error:
-        if _JPEG_METADATA.search(str(error)):
+        if _JPEG_UNUSUAL.search(str(error)):
             return None
         raise
+
+
+def _warnings_are_errors(data: bytes) -> Array:
+    *_, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    return np.asarray(simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLORSPACES.get(colorspace, "RGB")))
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A JPEG with nothing before its first scan but what its pixels, and their colours, depend on."""
+    kept, at = [data[:2]], 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, start = found[1][0], found.end()
+        if marker == _JPEG_SCAN:
+            return b"".join(kept) + data[found.start() :]
+        if marker < 0xC0 or 0xD0 <= marker < _JPEG_SCAN:  # has no size, and no place here
+            break
+        at = start + int.from_bytes(data[start : start + 2])
+        if marker == _JPEG_JFIF and data.startswith(b"JFIF\0", start + 2):
+            kept.append(_PLAIN_JFIF)  # says that colours are YCbCr
+        elif marker not in _JPEG_METADATA:
+            kept.append(data[found.start() : at])
+    return data
 
 
 def _jpeg_pixels(data: bytes, picture: Image.Image) -> Array:

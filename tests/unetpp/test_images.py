@@ -235,10 +235,51 @@ def test_a_jpeg_cut_short_and_closed_again_is_not_half_grey(progressive: bool) -
             decode_image(damaged)
 
 
-def test_a_jpeg_with_odd_metadata_is_read() -> None:
-    data = saved(RGB, "JPEG")
-    padded = data[:2] + b"\xff\xe2\x00\x10ICC_PROFILE\0\x09" + b"\x00\x01" + data[2:]
-    np.testing.assert_array_equal(decode_image(padded), decode_image(data))
+ODD_METADATA: dict[str, Callable[[bytes], bytes]] = {
+    "a JFIF version of the future": lambda data: data.replace(b"JFIF\0\1", b"JFIF\0\3", 1),
+    "an ICC profile in parts that are not there": lambda data: (
+        data[:2] + b"\xff\xe2\x00\x10ICC_PROFILE\0\x09\x01" + data[2:]
+    ),
+    "bytes between segments": lambda data: data[:20] + bytes(7) + data[20:],
+}
+
+
+@pytest.mark.parametrize("how", ODD_METADATA)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_with_odd_metadata_is_read_and_damage_behind_it_is_seen(how: str, mode: str) -> None:
+    data = saved(pattern(64, 64, 3), "JPEG", mode, quality=95)
+    if mode == "CMYK":
+        data = data[:2] + b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0" + data[2:]
+    odd = ODD_METADATA[how](data)
+    assert odd != data
+    np.testing.assert_array_equal(decode_image(odd), decode_image(data))
+    with pytest.raises(ImageError, match="decode"):
+        decode_image(odd[: len(odd) * 2 // 3] + b"\xff\xd9")
+
+
+def test_without_its_metadata_a_jpeg_has_the_same_colours() -> None:
+    data = bytearray(saved(RGB, "JPEG", subsampling=0))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    for number, name in enumerate(b"RGB"):  # such components are YCbCr since a JFIF segment says so
+        data[frame + 10 + 3 * number] = data[scan + 5 + 2 * number] = name
+    odd = ODD_METADATA["a JFIF version of the future"](bytes(data))
+    np.testing.assert_array_equal(decode_image(odd), decode_image(bytes(data)))
+    assert np.abs(decode_image(odd).astype(int) - RGB).mean() < 12
+
+
+def test_damage_behind_odd_metadata_in_a_jpeg_tile_of_a_tiff_is_seen() -> None:
+    def tile(jpeg: bytes) -> bytes:
+        buffer = io.BytesIO()
+        tifffile.imwrite(
+            buffer, iter([jpeg]), shape=(64, 64), dtype=np.uint8, tile=(64, 64), compression="jpeg", photometric=1
+        )
+        return buffer.getvalue()
+
+    jpeg = saved(pattern(64, 64, 1), "JPEG", quality=95)
+    odd = ODD_METADATA["a JFIF version of the future"](jpeg)
+    np.testing.assert_array_equal(decode_image(tile(odd)), decode_image(jpeg))
+    with pytest.raises(ImageError, match="decode"):
+        decode_image(tile(odd[: len(odd) // 2] + b"\xff\xd9"))
 
 
 def test_a_missing_tiff_strip_is_not_black() -> None:
