@@ -8,7 +8,7 @@ JPEG; both are faster, too. Functions here raise whatever their library raises, 
 import io
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import imagecodecs
 import numpy as np
@@ -62,17 +62,22 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def open_picture(data: bytes, max_pixels: int) -> Image.Image:
-    """A fresh Pillow object with its header read, its format allowed and its size checked.
+    """A fresh Pillow object of a file's bytes; see `open_header`.
 
     Fresh on purpose: after a first load() that raised, a second one on the same object gives half-black pixels.
     """
     if not data:
         raise ImageError("decode", "the file is empty")
+    return open_header(io.BytesIO(data), max_pixels)
+
+
+def open_header(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """A Pillow object with its header read, its format allowed and its size checked."""
     # Pillow's own cap is global. Raise it to what is allowed here, so that check_size below is the one that decides;
     # never lower it (another thread may just need it) and never switch it off.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    picture = Image.open(file, formats=FORMATS)
     check_size(picture.height, picture.width, max_pixels)
     return picture
 

@@ -12,10 +12,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
 
 from unetpp.config import Bands, Pages
-from unetpp.decoders import FORMATS, check_size, orientation, turn, turned_size
+from unetpp.decoders import check_size, open_header, orientation, turn, turned_size
 from unetpp.errors import ImageError
 from unetpp.images import Decoded, failures_as_image_errors, read_image
 from unetpp.spans import BATCH_BYTES, BATCH_SPANS, Read, Span, SpanFile, fetch, read_whole
@@ -80,7 +79,7 @@ class Picture:
 
     def _open_other(self, file: BinaryIO) -> tuple[int, int]:
         file.seek(0)
-        picture = Image.open(file, formats=FORMATS)
+        picture = open_header(file, self._max_pixels)
         # Pillow has turned a TIFF's size already.
         self._orientation = 1 if picture.format == "TIFF" else orientation(picture, b"")
         return picture.height, picture.width

@@ -12,6 +12,7 @@ import tifffile
 from PIL import Image
 
 from tests.pictures import picture
+from unetpp.errors import ImageError
 from unetpp.images import read_image
 from unetpp.tiles import Box
 
@@ -58,3 +59,17 @@ def test_a_predictor_without_compression_is_ignored_as_libtiff_does(layout: dict
     data = tagged(GREY, 317, 2, **layout)
     np.testing.assert_array_equal(Image.open(io.BytesIO(data)), GREY)
     assert_whole_and_regions_are(data, GREY)
+
+
+# ---------------------------------------------------------------------------- images that are decoded whole
+
+
+def test_the_cap_on_pixels_is_the_callers_and_not_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(imagecodecs.png_encode(GREY))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", GREY.size // 4)
+    seen = picture(data, max_pixels=GREY.size)
+    assert seen.fits
+    np.testing.assert_array_equal(seen.region(Box(1, 2, 9, 8))[..., 0], GREY[1:9, 2:8])
+    with pytest.raises(ImageError, match="40 x 60 pixels is more than max_pixels, 2399") as caught:
+        picture(data, max_pixels=GREY.size - 1)
+    assert caught.value.code == "too_large"
