@@ -7,6 +7,7 @@ JPEG; both are faster, too. Functions here raise whatever their library raises, 
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
@@ -83,15 +84,30 @@ def open_header(file: BinaryIO, max_pixels: int) -> Image.Image:
 
 
 def orientation(picture: Image.Image, data: bytes) -> int:
-    """EXIF orientation 1..8. EXIF that cannot be read counts as none, as in every viewer."""
+    """EXIF orientation 1..8. EXIF that cannot be read counts as none, as in every viewer.
+
+    data: the file, of which a PNG may have its EXIF behind the pixels; or its end, if the picture was read from a part.
+    """
     try:
-        # PNG getexif() decodes all pixels in search of EXIF behind them: only worth it if there is such a chunk
-        none_behind = picture.format == "PNG" and b"eXIf" not in data
-        exif = Image.Image.getexif(picture) if none_behind else picture.getexif()
+        if picture.format == "PNG":
+            if "exif" not in picture.info and (behind := _exif_chunk(data)):
+                picture.info["exif"] = behind
+            exif = Image.Image.getexif(picture)  # the one of PNG decodes all pixels in search of what is behind them
+        else:
+            exif = picture.getexif()
         value = exif.get(ORIENTATION_TAG, 1)
     except Exception:
         return 1
     return value if value in _TURNS else 1
+
+
+def _exif_chunk(data: bytes) -> bytes:
+    """What is in the last chunk of EXIF of a PNG or of its end, found by its name and its checksum."""
+    if (name := data.rfind(b"eXIf")) < 4:
+        return b""
+    stop = name + 4 + int.from_bytes(data[name - 4 : name])
+    is_whole = zlib.crc32(data[name:stop]) == int.from_bytes(data[stop : stop + 4])
+    return data[name + 4 : stop] if is_whole else b""
 
 
 def choose(image_HWC: Array, bands: Bands | None) -> Array:

@@ -39,6 +39,8 @@ from unetpp.tiles import Box
 Array = npt.NDArray[Any]
 MAX_SEGMENT_PX = 1 << 25
 """A larger strip or tile is no region: its image is decoded whole."""
+TAIL_BYTES = 128 << 10
+"""The end of a PNG in which an orientation is looked for that does not lie before the pixels."""
 
 
 class Picture:
@@ -80,8 +82,10 @@ class Picture:
     def _open_other(self, file: BinaryIO) -> tuple[int, int]:
         file.seek(0)
         picture = open_header(file, self._max_pixels)
+        file.seek(max(0, self._size_bytes - TAIL_BYTES))
+        tail = file.read() if picture.format == "PNG" else b""
         # Pillow has turned a TIFF's size already.
-        self._orientation = 1 if picture.format == "TIFF" else orientation(picture, b"")
+        self._orientation = 1 if picture.format == "TIFF" else orientation(picture, tail)
         return picture.height, picture.width
 
     @property

@@ -12,6 +12,8 @@ import tifffile
 from PIL import Image
 
 from tests.pictures import picture
+from tests.unetpp.test_images import png, png_chunk
+from unetpp.decoders import turn
 from unetpp.errors import ImageError
 from unetpp.images import read_image
 from unetpp.tiles import Box
@@ -73,3 +75,16 @@ def test_the_cap_on_pixels_is_the_callers_and_not_pillows(monkeypatch: pytest.Mo
     with pytest.raises(ImageError, match="40 x 60 pixels is more than max_pixels, 2399") as caught:
         picture(data, max_pixels=GREY.size - 1)
     assert caught.value.code == "too_large"
+
+
+@pytest.mark.parametrize("where", ["extra", "behind"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_png_is_turned_wherever_its_exif_lies(where: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    rows = b"".join(b"\0" + row.tobytes() for row in GREY)
+    others = png_chunk(b"tEXt", b"Comment\0eXIf is a chunk") * 1000
+    chunks = {"extra": others, "behind": others}
+    chunks[where] = others + png_chunk(b"eXIf", exif.tobytes()[6:]) + png_chunk(b"tIME", bytes(7))
+    data = png(*GREY.shape, 8, 0, rows, **chunks)
+    assert_whole_and_regions_are(data, turn(GREY, orientation))
