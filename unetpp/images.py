@@ -26,8 +26,9 @@ they are stored, interleaved or in planes, alpha included; where a TIFF has one 
 are its pages in the order of the file, which must be alike (C x H x W stacks, as microscopes write them).
 
 A file that is damaged, cut short, unknown or larger than the cap raises ImageError and nothing else: an image is whole
-or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in
-GIF, WebP, LZW and uncompressed files a changed byte can still go unseen.
+or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright, as is
+TIFF with the compression of another image format than JPEG; in GIF, WebP, LZW and uncompressed files a changed byte can
+still go unseen.
 """
 
 import io

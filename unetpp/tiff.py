@@ -38,6 +38,7 @@ _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 262, 258, 339
 _PLAIN_COMPRESSION = {1, 5, 8, 32773, 32946, 50000}  # none, LZW, deflate, PackBits, old deflate, Zstandard
 _FAX_COMPRESSION = {2, 3, 4}
 JPEG_COMPRESSION = {6, 7}
+_PILLOW_COMPRESSION = TiffImagePlugin.COMPRESSION_INFO.keys() - {50001}  # its wheels have a libtiff without WebP
 _PLAIN_BITS = {8, 12, 16, 32, 64}
 
 
@@ -223,6 +224,9 @@ def _page_pixels(data: bytes, page: tifffile.TiffPage, number: int, max_pixels: 
     if is_plain(page):
         return _plain_pixels(page, len(data), bands)
     refuse_fax(page)
+    if page.compression not in _PILLOW_COMPRESSION:
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError("decode", f"TIFF compression {name} is not supported; convert it to deflate, LZW or Zstandard")
     if page.compression in JPEG_COMPRESSION:
         _check_jpeg_segments(page, data)
     return _picture_pixels(data, max_pixels, bands, number)

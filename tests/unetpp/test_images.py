@@ -330,6 +330,10 @@ def test_integers_that_float32_would_round_are_refused() -> None:
         (saved(RGB, "TIFF", "LAB"), "LAB"),
         (tiff(pattern(8, 8, 5), photometric="minisblack", planarconfig="contig"), "5 samples a pixel"),
         (tiff(np.float32(FLOAT[..., 0]), photometric="miniswhite"), "no known white"),
+        *(
+            (tiff(RGB, photometric="rgb", compression=name.lower()), f"TIFF compression {name} is not supported")
+            for name in ("JPEG2000", "JPEGXL", "JPEGXR", "LERC", "PNG", "WEBP")
+        ),
     ],
 )
 def test_what_is_not_supported_says_so(data: bytes, reason: str) -> None:
