@@ -50,10 +50,9 @@ from unetpp.decoders import (
     open_picture,
     orientation,
     turn,
-    turned_size,
 )
 from unetpp.errors import ImageError
-from unetpp.tiff import decode_tiff, is_tiff, tiff_size
+from unetpp.tiff import decode_tiff, is_tiff
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.uint8]
@@ -89,15 +88,6 @@ def read_image(
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, bands: Bands | None = None) -> Array:
     """The pixels that `read_image` gives."""
     return read_image(data, max_pixels=max_pixels, bands=bands).image_HWC
-
-
-def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width that `decode_image` would give, from the header alone; raises ImageError as it does."""
-    with failures_as_image_errors():
-        if is_tiff(data):
-            return tiff_size(data, max_pixels)
-        picture = open_picture(data, max_pixels)
-        return turned_size(picture.height, picture.width, orientation(picture, data))
 
 
 def to_channels(image_HWC: Array, num_channels: int) -> Array:

@@ -26,7 +26,6 @@ from unetpp.decoders import (
     pillow_pixels,
     refuse_pages,
     turn,
-    turned_size,
 )
 from unetpp.errors import ImageError
 from unetpp.geo import read_geo
@@ -64,16 +63,6 @@ def decode_tiff(
     numbers, bands = pages_to_read(file, page, pages, bands)
     planes = (_page_pixels(data, _page_at(file, number), number, max_pixels, bands) for number in numbers)
     return stack(numbers, planes), geo_of(page)
-
-
-def tiff_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Height and width of the first page, turned, from the header alone."""
-    file = open_tiff(io.BytesIO(data))
-    page = None if file is None else page_of(file, 0)
-    if page is None:
-        return open_picture(data, max_pixels).size[::-1]  # as it is once turned
-    check_size(page.imagelength, page.imagewidth, max_pixels)
-    return turned_size(page.imagelength, page.imagewidth, orientation_of(page))
 
 
 # ----------------------------------------------------------- for whole files and for regions (`unetpp.regions`)

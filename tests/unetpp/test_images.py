@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageOps
 
+from tests.pictures import picture, size_of
 from unetpp.errors import ImageError
-from unetpp.images import decode_image, decode_mask, encode_image, encode_mask, image_size, to_channels
+from unetpp.images import decode_image, decode_mask, encode_image, encode_mask, to_channels
+from unetpp.tiles import Box
 
 Array = npt.NDArray[Any]
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -160,7 +162,7 @@ def test_a_file_gives_back_the_samples_it_was_written_from(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_size_is_known_from_the_header(form: str) -> None:
     data, expected = FORMS[form]
-    assert image_size(data) == expected.shape[:2]
+    assert size_of(data) == expected.shape[:2]
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "first of two" not in form])
@@ -204,7 +206,7 @@ def test_orientation_is_applied_as_viewers_do(form: str, orientation: int) -> No
         data, plain = saved(RGB, form, exif=exif), decode_image(saved(RGB, form))
     turned = Image.fromarray(plain[..., 0] if plain.shape[2] == 1 else plain)
     turned.getexif()[274] = orientation
-    expected = np.asarray(ImageOps.exif_transpose(turned)).reshape(*image_size(data), -1)
+    expected = np.asarray(ImageOps.exif_transpose(turned)).reshape(*size_of(data), -1)
     np.testing.assert_array_equal(decode_image(data), expected)
 
 
@@ -213,7 +215,7 @@ def test_exif_behind_the_pixels_of_a_png_counts() -> None:
     exif[274] = 6
     rows = b"".join(b"\0" + GREY[y, :, 0].tobytes() for y in range(37))
     data = png(37, 53, 8, 0, rows, behind=png_chunk(b"eXIf", exif.tobytes()[6:]))
-    assert image_size(data) == (53, 37)
+    assert size_of(data) == (53, 37)
     np.testing.assert_array_equal(decode_image(data), np.rot90(GREY, -1))
 
 
@@ -377,7 +379,9 @@ def test_a_tile_far_larger_than_its_image_is_refused_on_the_header() -> None:
 
 
 @pytest.mark.parametrize("form", ["png", "bmp", "gif", "tiff", "jpeg"])
-@pytest.mark.parametrize("read", [decode_image, image_size])
+@pytest.mark.parametrize(
+    "read", [decode_image, lambda data: picture(data).region(Box(0, 0, 60000, 60000))], ids=["whole", "region"]
+)
 def test_a_bomb_is_refused_on_its_header(read: Any, form: str) -> None:
     with pytest.raises(ImageError) as caught:
         read(bombs()[form])
@@ -414,7 +418,7 @@ def refusal(read: Callable[[], object]) -> ImageError | None:
     st.binary(max_size=200),
 )
 def test_any_bytes_are_an_image_or_an_image_error(start: bytes, rest: bytes) -> None:
-    for read in (decode_image, image_size):
+    for read in (decode_image, size_of):
         error = refusal(lambda read=read: read(start + rest, max_pixels=10**6))
         assert error is None or (error.code in ("decode", "too_large") and 0 < len(error.detail) < 400)
 
@@ -634,8 +638,10 @@ SWEEP = """
 import io, json, logging, pathlib, resource, sys, warnings
 import numpy as np
 from PIL import Image, ImageOps
+from unetpp.decoders import MAX_PIXELS
 from unetpp.errors import ImageError
-from unetpp.images import decode_image, image_size
+from unetpp.images import decode_image
+from unetpp.regions import Picture
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.CRITICAL)
@@ -653,7 +659,8 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     data, row = path.read_bytes(), {"file": path.name}
     try:
         image = decode_image(data)
-        row |= {"shape": image.shape, "type": image.dtype.name, "size": image_size(data)}
+        picture = Picture(lambda spans: [data[start:stop] for start, stop in spans], len(data), MAX_PIXELS)
+        row |= {"shape": image.shape, "type": image.dtype.name, "size": [picture.height, picture.width]}
         row["deep"] = image.dtype != np.uint8
         row["same"] = bool(np.array_equal(image, as_pillow(data, image)))
     except ImageError as error:
