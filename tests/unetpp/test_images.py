@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,17 @@ def test_damage_behind_odd_metadata_in_a_jpeg_tile_of_a_tiff_is_seen() -> None:
     np.testing.assert_array_equal(decode_image(tile(odd)), decode_image(jpeg))
     with pytest.raises(ImageError, match="decode"):
         decode_image(tile(odd[: len(odd) // 2] + b"\xff\xd9"))
+
+
+@pytest.mark.parametrize(("bits", "palette"), [(4, range(16)), (4, (0, 255)), (8, (0, 255))])
+def test_a_bmp_that_pillow_reads_at_another_depth_is_refused(bits: int, palette: Sequence[int]) -> None:
+    colours = b"".join(bytes([value] * 3 + [0]) for value in palette)
+    samples = bytes([0x10, 0x01, 0x10, 0x11])
+    sizes = struct.pack("<IiiHHIIiiII", 40, 32 // bits, 1, 1, bits, 0, len(samples), 0, 0, len(palette), 0)
+    start = 14 + len(sizes) + len(colours)
+    header = b"BM" + struct.pack("<IHHI", start + len(samples), 0, 0, start)
+    with pytest.raises(ImageError, match=f"BMP of {bits} bits with a grey palette"):
+        decode_image(header + sizes + colours + samples)
 
 
 def test_a_missing_tiff_strip_is_not_black() -> None:
