@@ -7,8 +7,9 @@ JPEG; both are faster, too. Functions here raise whatever their library raises, 
 
 import io
 import re
+import zlib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import imagecodecs
 import numpy as np
@@ -62,31 +63,51 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def open_picture(data: bytes, max_pixels: int) -> Image.Image:
-    """A fresh Pillow object with its header read, its format allowed and its size checked.
+    """A fresh Pillow object of a file's bytes; see `open_header`.
 
     Fresh on purpose: after a first load() that raised, a second one on the same object gives half-black pixels.
     """
     if not data:
         raise ImageError("decode", "the file is empty")
+    return open_header(io.BytesIO(data), max_pixels)
+
+
+def open_header(file: BinaryIO, max_pixels: int) -> Image.Image:
+    """A Pillow object with its header read, its format allowed and its size checked."""
     # Pillow's own cap is global. Raise it to what is allowed here, so that check_size below is the one that decides;
     # never lower it (another thread may just need it) and never switch it off.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    picture = Image.open(file, formats=FORMATS)
     check_size(picture.height, picture.width, max_pixels)
     return picture
 
 
 def orientation(picture: Image.Image, data: bytes) -> int:
-    """EXIF orientation 1..8. EXIF that cannot be read counts as none, as in every viewer."""
+    """EXIF orientation 1..8. EXIF that cannot be read counts as none, as in every viewer.
+
+    data: the file, of which a PNG may have its EXIF behind the pixels; or its end, if the picture was read from a part.
+    """
     try:
-        # PNG getexif() decodes all pixels in search of EXIF behind them: only worth it if there is such a chunk
-        none_behind = picture.format == "PNG" and b"eXIf" not in data
-        exif = Image.Image.getexif(picture) if none_behind else picture.getexif()
+        if picture.format == "PNG":
+            if "exif" not in picture.info and (behind := _exif_chunk(data)):
+                picture.info["exif"] = behind
+            exif = Image.Image.getexif(picture)  # the one of PNG decodes all pixels in search of what is behind them
+        else:
+            exif = picture.getexif()
         value = exif.get(ORIENTATION_TAG, 1)
     except Exception:
         return 1
     return value if value in _TURNS else 1
+
+
+def _exif_chunk(data: bytes) -> bytes:
+    """What is in the last chunk of EXIF of a PNG or of its end, found by its name and its checksum."""
+    if (name := data.rfind(b"eXIf")) < 4:
+        return b""
+    stop = name + 4 + int.from_bytes(data[name - 4 : name])
+    is_whole = zlib.crc32(data[name:stop]) == int.from_bytes(data[stop : stop + 4])
+    return data[name + 4 : stop] if is_whole else b""
 
 
 def choose(image_HWC: Array, bands: Bands | None) -> Array:
@@ -126,7 +147,7 @@ def decode_picture(data: bytes, max_pixels: int, pages: Pages = "first", bands: 
     elif picture.format in ("JPEG", "MPO"):
         image = _jpeg_pixels(data, picture)
     else:
-        _refuse_what_pillow_changes(picture)
+        _refuse_what_pillow_changes(picture, data)
         image = pillow_pixels(picture)
     if image.shape[:2] != (picture.height, picture.width):
         raise ImageError("decode", f"header and pixels disagree: {picture.size[::-1]} and {image.shape[:2]}")
@@ -149,6 +170,15 @@ def pillow_pixels(picture: Image.Image) -> Array:
     raise ImageError("decode", f"{picture.format} pixels of type {mode} are not supported; convert them to grey or RGB")
 
 
+def grey_bits(picture: Image.Image) -> int:
+    """Bits of a sample, 1, 2, 4 or 8, of a grey picture that is not loaded yet."""
+    if picture.mode == "1":
+        return 1
+    args: Any = picture.tile[0].args  # type: ignore[attr-defined]
+    stored = args if isinstance(args, str) else str(args[0])
+    return {"L;2": 2, "L;4": 4}.get(stored[:3], 8)
+
+
 def _png_pixels(data: bytes) -> Array:
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("decode", "the PNG file is cut short: its end chunk is missing")
@@ -158,21 +188,52 @@ def _png_pixels(data: bytes) -> Array:
 
 _JPEG_COLORSPACES = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}
 
-_JPEG_METADATA = re.compile(
-    r"ICC|JFIF|Adobe|SOS parameters|subsampling level|extraneous bytes before marker 0x(c[0-2]|db|e.|fe)"
-)
-"""What libjpeg says of things beside the pixels, for Pillow to judge. All else means that pixels were made up."""
+_JPEG_UNUSUAL = re.compile(r"Adobe|SOS parameters|subsampling level")
+"""What libjpeg says of headers that it can do with, for Pillow to judge. All else means that pixels were made up."""
+
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xfe])")
+_JPEG_SCAN, _JPEG_JFIF, _JPEG_ADOBE = 0xDA, 0xE0, 0xEE
+_JPEG_METADATA = {*range(0xE0, 0xF0), 0xFE} - {_JPEG_ADOBE}
+_PLAIN_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 
 
 def decode_jpeg_strictly(data: bytes) -> Array | None:
-    """Pixels as stored: grey, RGB or CMYK. ValueError where libjpeg warns about them, None where about metadata."""
+    """Pixels as stored: grey, RGB or CMYK. ValueError where libjpeg warns about them, None where about the header.
+
+    It warns once a file: what it says of metadata would hide damage behind them, so they are left out then.
+    """
     try:
-        *_, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        return np.asarray(simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLORSPACES.get(colorspace, "RGB")))
+        return _warnings_are_errors(data)
+    except ValueError:
+        pass
+    try:
+        return _warnings_are_errors(_without_metadata(data))
     except ValueError as error:
-        if _JPEG_METADATA.search(str(error)):
+        if _JPEG_UNUSUAL.search(str(error)):
             return None
         raise
+
+
+def _warnings_are_errors(data: bytes) -> Array:
+    *_, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    return np.asarray(simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLORSPACES.get(colorspace, "RGB")))
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A JPEG with nothing before its first scan but what its pixels, and their colours, depend on."""
+    kept, at = [data[:2]], 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, start = found[1][0], found.end()
+        if marker == _JPEG_SCAN:
+            return b"".join(kept) + data[found.start() :]
+        if marker < 0xC0 or 0xD0 <= marker < _JPEG_SCAN:  # has no size, and no place here
+            break
+        at = start + int.from_bytes(data[start : start + 2])
+        if marker == _JPEG_JFIF and data.startswith(b"JFIF\0", start + 2):
+            kept.append(_PLAIN_JFIF)  # says that colours are YCbCr
+        elif marker not in _JPEG_METADATA:
+            kept.append(data[found.start() : at])
+    return data
 
 
 def _jpeg_pixels(data: bytes, picture: Image.Image) -> Array:
@@ -182,11 +243,15 @@ def _jpeg_pixels(data: bytes, picture: Image.Image) -> Array:
     return image
 
 
-def _refuse_what_pillow_changes(picture: Image.Image) -> None:
-    """Samples that Pillow rescales or cuts to 8 bits, and run lengths that it makes up for when they are damaged."""
+def _refuse_what_pillow_changes(picture: Image.Image, data: bytes) -> None:
+    """Samples that Pillow rescales, cuts to 8 bits or counts wrongly, and damaged run lengths that it makes up for."""
     tile: Any = picture.tile[0] if picture.tile else None  # type: ignore[attr-defined]
     if picture.format == "BMP" and tile.codec_name == "bmp_rle":
         raise ImageError("decode", "run-length BMP is not supported: damage in it cannot be seen; convert it to PNG")
+    if picture.format == "BMP" and picture.mode in ("1", "L"):  # by its palette, and read as if that were its depth
+        bits = data[24 if data[14] == 12 else 28]
+        if bits != (1 if picture.mode == "1" else 8):
+            raise ImageError("decode", f"BMP of {bits} bits with a grey palette is not supported; convert it to PNG")
     if picture.format == "PPM":
         full = 65535 if picture.mode == "I" else 255
         maxval = tile.args[1] if isinstance(tile.args, tuple) else full

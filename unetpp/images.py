@@ -26,8 +26,9 @@ they are stored, interleaved or in planes, alpha included; where a TIFF has one 
 are its pages in the order of the file, which must be alike (C x H x W stacks, as microscopes write them).
 
 A file that is damaged, cut short, unknown or larger than the cap raises ImageError and nothing else: an image is whole
-or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright; in
-GIF, WebP, LZW and uncompressed files a changed byte can still go unseen.
+or it is refused. Formats in which damage leaves no trace at all (fax TIFF, run-length BMP) are refused outright, as is
+TIFF with the compression of another image format than JPEG; in GIF, WebP, LZW and uncompressed files a changed byte can
+still go unseen.
 """
 
 import io
@@ -45,13 +46,13 @@ from unetpp.decoders import (
     FORMATS,
     MAX_PIXELS,
     decode_picture,
+    grey_bits,
     open_picture,
     orientation,
     turn,
-    turned_size,
 )
 from unetpp.errors import ImageError
-from unetpp.tiff import decode_tiff, is_tiff, tiff_size
+from unetpp.tiff import decode_tiff, is_tiff
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.uint8]
@@ -87,15 +88,6 @@ def read_image(
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, bands: Bands | None = None) -> Array:
     """The pixels that `read_image` gives."""
     return read_image(data, max_pixels=max_pixels, bands=bands).image_HWC
-
-
-def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width that `decode_image` would give, from the header alone; raises ImageError as it does."""
-    with failures_as_image_errors():
-        if is_tiff(data):
-            return tiff_size(data, max_pixels)
-        picture = open_picture(data, max_pixels)
-        return turned_size(picture.height, picture.width, orientation(picture, data))
 
 
 def to_channels(image_HWC: Array, num_channels: int) -> Array:
@@ -141,15 +133,17 @@ def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None,
     """Class ids `mask_HW`, uint8, from an image file of labels: the inverse of `encode_mask`, and a bit more.
 
     With `num_classes` 1 every pixel that is not 0 in some channel is foreground, 1. With more, ids are a palette
-    file's indices or a grey file's values.
+    file's indices or a grey file's values; of 1, 2 or 4 bits the values before they are stretched.
 
     `ignore` (usually 255) is a value that says "not labelled": it is allowed beside the classes, and kept. With
     `num_classes` 1 it is no foreground then, so that a mask of 0 and 255 has foreground without `ignore` and none with
     `ignore` 255. A palette file has the value as an index, any other in every channel.
 
-    Raises ImageError as `decode_image` does, and when an id is too high.
+    Raises ImageError as `decode_image` does, and where a value is no id.
     """
     image = decode_image(data, max_pixels=max_pixels)
+    if image.shape[2] == 1 and image.dtype == np.uint8:
+        image //= _stretch(data, max_pixels)
     if num_classes == 1:
         mask = np.asarray(image.any(axis=2), dtype=np.uint8)
         if ignore is not None:
@@ -157,10 +151,19 @@ def decode_mask(data: bytes, num_classes: int = 1, *, ignore: int | None = None,
         return mask
     ids = image[..., 0] if image.shape[2] == 1 else _palette_indices(data, max_pixels)
     classes = ids if ignore is None else ids[ids != ignore]
-    if ids.dtype.kind == "f" or (classes.size and classes.max() >= num_classes):
+    wrong = classes[(classes < 0) | (classes >= num_classes) | (classes % 1 != 0)]
+    if wrong.size:
         also = "" if ignore is None else f", or {ignore}, which is ignored"
-        raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}{also}, this mask goes up to {ids.max()}")
+        raise ImageError("decode", f"mask ids must be 0 to {num_classes - 1}{also}, this mask has {wrong.max():.9g}")
     return np.ascontiguousarray(ids, dtype=np.uint8)
+
+
+def _stretch(data: bytes, max_pixels: int) -> np.uint8:
+    """What the values of a grey file were multiplied by when it was decoded."""
+    try:
+        return np.uint8(255 // (2 ** grey_bits(open_picture(data, max_pixels)) - 1))
+    except Exception:  # a TIFF that Pillow does not know, whose samples are as they are
+        return np.uint8(1)
 
 
 def _is_ignored(image: Array, data: bytes, ignore: int, max_pixels: int) -> npt.NDArray[np.bool_]:

@@ -12,10 +12,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
 
 from unetpp.config import Bands, Pages
-from unetpp.decoders import FORMATS, check_size, orientation, turn, turned_size
+from unetpp.decoders import check_size, open_header, orientation, turn, turned_size
 from unetpp.errors import ImageError
 from unetpp.images import Decoded, failures_as_image_errors, read_image
 from unetpp.spans import BATCH_BYTES, BATCH_SPANS, Read, Span, SpanFile, fetch, read_whole
@@ -40,6 +39,8 @@ from unetpp.tiles import Box
 Array = npt.NDArray[Any]
 MAX_SEGMENT_PX = 1 << 25
 """A larger strip or tile is no region: its image is decoded whole."""
+TAIL_BYTES = 128 << 10
+"""The end of a PNG in which an orientation is looked for that does not lie before the pixels."""
 
 
 class Picture:
@@ -80,9 +81,11 @@ class Picture:
 
     def _open_other(self, file: BinaryIO) -> tuple[int, int]:
         file.seek(0)
-        picture = Image.open(file, formats=FORMATS)
+        picture = open_header(file, self._max_pixels)
+        file.seek(max(0, self._size_bytes - TAIL_BYTES))
+        tail = file.read() if picture.format == "PNG" else b""
         # Pillow has turned a TIFF's size already.
-        self._orientation = 1 if picture.format == "TIFF" else orientation(picture, b"")
+        self._orientation = 1 if picture.format == "TIFF" else orientation(picture, tail)
         return picture.height, picture.width
 
     @property
@@ -160,7 +163,7 @@ class _Stored:
         """The pixels inside a box, not turned."""
         page = self._page
         image_HWC = np.empty((box.height, box.width, len(self._channels)), page.dtype)
-        pieces = list(self._rows(box) if page.is_contiguous and not page.is_tiled else self._segments(box))
+        pieces = list(self._rows(box) if _is_in_rows(page) else self._segments(box))
         for batch in _batches(pieces):
             for piece, content in zip(batch, fetch(self._read, [piece.span for piece in batch]), strict=True):
                 found_HWS = piece.decode(content)
@@ -175,7 +178,7 @@ class _Stored:
         return as_shown(page, image_HWC)
 
     def _rows(self, box: Box) -> Iterator[_Piece]:
-        """Samples that lie in the file row by row as they are: of each row the box's columns."""
+        """Of each row the box's columns."""
         page = self._page
         num_samples = page.shaped[4]
         assert page.dtype is not None
@@ -242,7 +245,12 @@ def _stored(page: tifffile.TiffPage, bands: Bands | None, read: Read, size_bytes
         return None
     channels, side = channels_of(page, bands), _side(page)
     is_small = 0 < side[0] * side[1] <= MAX_SEGMENT_PX
-    return _Stored(page, channels, read, size_bytes) if is_small or (page.is_contiguous and not page.is_tiled) else None
+    return _Stored(page, channels, read, size_bytes) if is_small or _is_in_rows(page) else None
+
+
+def _is_in_rows(page: tifffile.TiffPage) -> bool:
+    """Whether its samples lie in the file row by row as they are."""
+    return page.is_final and not page.is_tiled
 
 
 def _side(page: tifffile.TiffPage) -> tuple[int, int]:

@@ -26,7 +26,6 @@ from unetpp.decoders import (
     pillow_pixels,
     refuse_pages,
     turn,
-    turned_size,
 )
 from unetpp.errors import ImageError
 from unetpp.geo import read_geo
@@ -38,6 +37,7 @@ _PHOTOMETRIC_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 262, 258, 339
 _PLAIN_COMPRESSION = {1, 5, 8, 32773, 32946, 50000}  # none, LZW, deflate, PackBits, old deflate, Zstandard
 _FAX_COMPRESSION = {2, 3, 4}
 JPEG_COMPRESSION = {6, 7}
+_PILLOW_COMPRESSION = TiffImagePlugin.COMPRESSION_INFO.keys() - {50001}  # its wheels have a libtiff without WebP
 _PLAIN_BITS = {8, 12, 16, 32, 64}
 
 
@@ -65,16 +65,6 @@ def decode_tiff(
     return stack(numbers, planes), geo_of(page)
 
 
-def tiff_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Height and width of the first page, turned, from the header alone."""
-    file = open_tiff(io.BytesIO(data))
-    page = None if file is None else page_of(file, 0)
-    if page is None:
-        return open_picture(data, max_pixels).size[::-1]  # as it is once turned
-    check_size(page.imagelength, page.imagewidth, max_pixels)
-    return turned_size(page.imagelength, page.imagewidth, orientation_of(page))
-
-
 # ----------------------------------------------------------- for whole files and for regions (`unetpp.regions`)
 
 
@@ -92,7 +82,11 @@ def page_of(file: tifffile.TiffFile, number: int) -> tifffile.TiffPage | None:
         page = file.pages[number]
     except Exception:
         return None
-    return page if isinstance(page, tifffile.TiffPage) else None
+    if not isinstance(page, tifffile.TiffPage):
+        return None
+    if page.compression == 1:  # a predictor is a part of compression: without one libtiff does not look at it
+        page.predictor = 1
+    return page
 
 
 def pages_to_read(
@@ -219,6 +213,9 @@ def _page_pixels(data: bytes, page: tifffile.TiffPage, number: int, max_pixels: 
     if is_plain(page):
         return _plain_pixels(page, len(data), bands)
     refuse_fax(page)
+    if page.compression not in _PILLOW_COMPRESSION:
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError("decode", f"TIFF compression {name} is not supported; convert it to deflate, LZW or Zstandard")
     if page.compression in JPEG_COMPRESSION:
         _check_jpeg_segments(page, data)
     return _picture_pixels(data, max_pixels, bands, number)

@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_refused_by_name(data_dir: Path, damage, message: s
 
 
 def test_a_class_that_the_model_lacks_is_refused(data_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"masks/.* mask ids must be 0 to 2, this mask goes up to 255"):
+    with pytest.raises(ConfigError, match=r"masks/.* mask ids must be 0 to 2, this mask has 255"):
         load(open_labelled_set(str(data_dir)).samples, ModelConfig(level=1, filters=(2, 4), num_classes=3))
 
 

@@ -239,7 +239,7 @@ def test_a_value_that_is_no_class_is_found(data_dir: Path) -> None:
     odd_value(data_dir)
     (finding,) = inspect(data_dir, num_classes=3).findings
     assert (finding.code, finding.severity, finding.ids) == ("wrong_class", "error", (FIRST,))
-    assert "mask ids must be 0 to 2, this mask goes up to 255" in finding.what
+    assert "mask ids must be 0 to 2, this mask has 255" in finding.what
     pixels = np.pad(np.full((100, 100), 255, np.uint8), 30)
     Image.fromarray(pixels).save(data_dir / "masks" / f"{FIRST}.png")
     (finding,) = inspect(data_dir, num_classes=3, ignore_index=255).findings

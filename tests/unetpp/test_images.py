@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageOps
 
+from tests.pictures import picture, size_of
 from unetpp.errors import ImageError
-from unetpp.images import decode_image, decode_mask, encode_image, encode_mask, image_size, to_channels
+from unetpp.images import decode_image, decode_mask, encode_image, encode_mask, to_channels
+from unetpp.tiles import Box
 
 Array = npt.NDArray[Any]
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -160,7 +162,7 @@ def test_a_file_gives_back_the_samples_it_was_written_from(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_size_is_known_from_the_header(form: str) -> None:
     data, expected = FORMS[form]
-    assert image_size(data) == expected.shape[:2]
+    assert size_of(data) == expected.shape[:2]
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "first of two" not in form])
@@ -204,7 +206,7 @@ def test_orientation_is_applied_as_viewers_do(form: str, orientation: int) -> No
         data, plain = saved(RGB, form, exif=exif), decode_image(saved(RGB, form))
     turned = Image.fromarray(plain[..., 0] if plain.shape[2] == 1 else plain)
     turned.getexif()[274] = orientation
-    expected = np.asarray(ImageOps.exif_transpose(turned)).reshape(*image_size(data), -1)
+    expected = np.asarray(ImageOps.exif_transpose(turned)).reshape(*size_of(data), -1)
     np.testing.assert_array_equal(decode_image(data), expected)
 
 
@@ -213,7 +215,7 @@ def test_exif_behind_the_pixels_of_a_png_counts() -> None:
     exif[274] = 6
     rows = b"".join(b"\0" + GREY[y, :, 0].tobytes() for y in range(37))
     data = png(37, 53, 8, 0, rows, behind=png_chunk(b"eXIf", exif.tobytes()[6:]))
-    assert image_size(data) == (53, 37)
+    assert size_of(data) == (53, 37)
     np.testing.assert_array_equal(decode_image(data), np.rot90(GREY, -1))
 
 
@@ -235,10 +237,62 @@ def test_a_jpeg_cut_short_and_closed_again_is_not_half_grey(progressive: bool) -
             decode_image(damaged)
 
 
-def test_a_jpeg_with_odd_metadata_is_read() -> None:
-    data = saved(RGB, "JPEG")
-    padded = data[:2] + b"\xff\xe2\x00\x10ICC_PROFILE\0\x09" + b"\x00\x01" + data[2:]
-    np.testing.assert_array_equal(decode_image(padded), decode_image(data))
+ODD_METADATA: dict[str, Callable[[bytes], bytes]] = {
+    "a JFIF version of the future": lambda data: data.replace(b"JFIF\0\1", b"JFIF\0\3", 1),
+    "an ICC profile in parts that are not there": lambda data: (
+        data[:2] + b"\xff\xe2\x00\x10ICC_PROFILE\0\x09\x01" + data[2:]
+    ),
+    "bytes between segments": lambda data: data[:20] + bytes(7) + data[20:],
+}
+
+
+@pytest.mark.parametrize("how", ODD_METADATA)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_with_odd_metadata_is_read_and_damage_behind_it_is_seen(how: str, mode: str) -> None:
+    data = saved(pattern(64, 64, 3), "JPEG", mode, quality=95)
+    if mode == "CMYK":
+        data = data[:2] + b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0" + data[2:]
+    odd = ODD_METADATA[how](data)
+    assert odd != data
+    np.testing.assert_array_equal(decode_image(odd), decode_image(data))
+    with pytest.raises(ImageError, match="decode"):
+        decode_image(odd[: len(odd) * 2 // 3] + b"\xff\xd9")
+
+
+def test_without_its_metadata_a_jpeg_has_the_same_colours() -> None:
+    data = bytearray(saved(RGB, "JPEG", subsampling=0))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    for number, name in enumerate(b"RGB"):  # such components are YCbCr since a JFIF segment says so
+        data[frame + 10 + 3 * number] = data[scan + 5 + 2 * number] = name
+    odd = ODD_METADATA["a JFIF version of the future"](bytes(data))
+    np.testing.assert_array_equal(decode_image(odd), decode_image(bytes(data)))
+    assert np.abs(decode_image(odd).astype(int) - RGB).mean() < 12
+
+
+def test_damage_behind_odd_metadata_in_a_jpeg_tile_of_a_tiff_is_seen() -> None:
+    def tile(jpeg: bytes) -> bytes:
+        buffer = io.BytesIO()
+        tifffile.imwrite(
+            buffer, iter([jpeg]), shape=(64, 64), dtype=np.uint8, tile=(64, 64), compression="jpeg", photometric=1
+        )
+        return buffer.getvalue()
+
+    jpeg = saved(pattern(64, 64, 1), "JPEG", quality=95)
+    odd = ODD_METADATA["a JFIF version of the future"](jpeg)
+    np.testing.assert_array_equal(decode_image(tile(odd)), decode_image(jpeg))
+    with pytest.raises(ImageError, match="decode"):
+        decode_image(tile(odd[: len(odd) // 2] + b"\xff\xd9"))
+
+
+@pytest.mark.parametrize(("bits", "palette"), [(4, range(16)), (4, (0, 255)), (8, (0, 255))])
+def test_a_bmp_that_pillow_reads_at_another_depth_is_refused(bits: int, palette: Sequence[int]) -> None:
+    colours = b"".join(bytes([value] * 3 + [0]) for value in palette)
+    samples = bytes([0x10, 0x01, 0x10, 0x11])
+    sizes = struct.pack("<IiiHHIIiiII", 40, 32 // bits, 1, 1, bits, 0, len(samples), 0, 0, len(palette), 0)
+    start = 14 + len(sizes) + len(colours)
+    header = b"BM" + struct.pack("<IHHI", start + len(samples), 0, 0, start)
+    with pytest.raises(ImageError, match=f"BMP of {bits} bits with a grey palette"):
+        decode_image(header + sizes + colours + samples)
 
 
 def test_a_missing_tiff_strip_is_not_black() -> None:
@@ -289,6 +343,10 @@ def test_integers_that_float32_would_round_are_refused() -> None:
         (saved(RGB, "TIFF", "LAB"), "LAB"),
         (tiff(pattern(8, 8, 5), photometric="minisblack", planarconfig="contig"), "5 samples a pixel"),
         (tiff(np.float32(FLOAT[..., 0]), photometric="miniswhite"), "no known white"),
+        *(
+            (tiff(RGB, photometric="rgb", compression=name.lower()), f"TIFF compression {name} is not supported")
+            for name in ("JPEG2000", "JPEGXL", "JPEGXR", "LERC", "PNG", "WEBP")
+        ),
     ],
 )
 def test_what_is_not_supported_says_so(data: bytes, reason: str) -> None:
@@ -332,7 +390,9 @@ def test_a_tile_far_larger_than_its_image_is_refused_on_the_header() -> None:
 
 
 @pytest.mark.parametrize("form", ["png", "bmp", "gif", "tiff", "jpeg"])
-@pytest.mark.parametrize("read", [decode_image, image_size])
+@pytest.mark.parametrize(
+    "read", [decode_image, lambda data: picture(data).region(Box(0, 0, 60000, 60000))], ids=["whole", "region"]
+)
 def test_a_bomb_is_refused_on_its_header(read: Any, form: str) -> None:
     with pytest.raises(ImageError) as caught:
         read(bombs()[form])
@@ -369,7 +429,7 @@ def refusal(read: Callable[[], object]) -> ImageError | None:
     st.binary(max_size=200),
 )
 def test_any_bytes_are_an_image_or_an_image_error(start: bytes, rest: bytes) -> None:
-    for read in (decode_image, image_size):
+    for read in (decode_image, size_of):
         error = refusal(lambda read=read: read(start + rest, max_pixels=10**6))
         assert error is None or (error.code in ("decode", "too_large") and 0 < len(error.detail) < 400)
 
@@ -454,9 +514,56 @@ def test_labels_written_by_others_are_read() -> None:
     np.testing.assert_array_equal(decode_mask(saved(np.repeat(ids[..., None], 3, 2) * 100, "PNG"), 1), ids > 0)
 
 
+def packed(ids_HW: Array, bits: int) -> bytes:
+    """A grey PNG of 1, 2 or 4 bits; the width is a whole number of bytes."""
+    height, width = ids_HW.shape
+    samples = np.unpackbits(ids_HW[..., None], axis=2)[..., 8 - bits :]
+    rows = np.packbits(samples.reshape(height, -1), axis=1)
+    return png(height, width, bits, 0, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def packed_tiff(ids_HW: Array, bits: int) -> bytes:
+    samples, how = (ids_HW > 0, {}) if bits == 1 else (ids_HW, {"bitspersample": bits})
+    return tiff(samples, photometric="minisblack", **how)
+
+
+@pytest.mark.parametrize("write", [packed, packed_tiff])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ids_of_a_few_bits_are_the_values_before_they_are_stretched(write: Any, bits: int) -> None:
+    top = 2**bits - 1
+    ids = np.arange(48, dtype=np.uint8).reshape(3, 16) % (top + 1)
+    data = write(ids, bits)
+    np.testing.assert_array_equal(decode_image(data)[..., 0], ids * (255 // top))
+    np.testing.assert_array_equal(decode_mask(data, top + 1), ids)
+    np.testing.assert_array_equal(decode_mask(data, top + 1, ignore=255), ids)
+    np.testing.assert_array_equal(decode_mask(data, 1), ids > 0)
+    np.testing.assert_array_equal(decode_mask(data, 1, ignore=255), ids > 0)
+    if bits > 1:
+        np.testing.assert_array_equal(decode_mask(data, top, ignore=top), ids)
+        with pytest.raises(ImageError, match=f"must be 0 to {top - 1}, this mask has {top}"):
+            decode_mask(data, top)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP", "PPM"])
+def test_bits_that_others_write_are_ids_0_and_1(form: str) -> None:
+    data = saved(BITS, form, "1")
+    for num_classes, ignore in ((1, None), (1, 255), (2, None), (2, 255)):
+        np.testing.assert_array_equal(decode_mask(data, num_classes, ignore=ignore), BITS[..., 0] > 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.float32, np.float64])
+def test_ids_are_whole_numbers_of_any_type(dtype: type) -> None:
+    ids = np.array([[0, 1, 2], [2, 1, 0]], dtype)
+    np.testing.assert_array_equal(decode_mask(tiff(ids), 3), ids)
+    for wrong in (-1, 3, *([0.5] if dtype in (np.float32, np.float64) else [])):
+        ids[0, 0] = wrong
+        with pytest.raises(ImageError, match=f"must be 0 to 2, this mask has {wrong}$"):
+            decode_mask(tiff(ids), 3)
+
+
 def test_labels_out_of_range_are_refused() -> None:
     ids = np.array([[0, 255]], np.uint8)
-    with pytest.raises(ImageError, match="must be 0 to 2, this mask goes up to 255"):
+    with pytest.raises(ImageError, match="must be 0 to 2, this mask has 255"):
         decode_mask(saved(ids, "PNG"), 3)
     with pytest.raises(ImageError, match="grey or palette"):
         decode_mask(saved(RGB, "PNG"), 3)
@@ -487,7 +594,7 @@ def test_without_a_value_to_be_ignored_255_is_foreground_or_refused() -> None:
     np.testing.assert_array_equal(decode_mask(data, 1), [[0, 1, 1]])
     with pytest.raises(ImageError, match="must be 0 to 2, this"):
         decode_mask(data, 3)
-    with pytest.raises(ImageError, match="must be 0 to 2, or 254, which is ignored, this mask goes up to 255"):
+    with pytest.raises(ImageError, match="must be 0 to 2, or 254, which is ignored, this mask has 255"):
         decode_mask(data, 3, ignore=254)
 
 
@@ -542,8 +649,10 @@ SWEEP = """
 import io, json, logging, pathlib, resource, sys, warnings
 import numpy as np
 from PIL import Image, ImageOps
+from unetpp.decoders import MAX_PIXELS
 from unetpp.errors import ImageError
-from unetpp.images import decode_image, image_size
+from unetpp.images import decode_image
+from unetpp.regions import Picture
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.CRITICAL)
@@ -561,7 +670,8 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     data, row = path.read_bytes(), {"file": path.name}
     try:
         image = decode_image(data)
-        row |= {"shape": image.shape, "type": image.dtype.name, "size": image_size(data)}
+        picture = Picture(lambda spans: [data[start:stop] for start, stop in spans], len(data), MAX_PIXELS)
+        row |= {"shape": image.shape, "type": image.dtype.name, "size": [picture.height, picture.width]}
         row["deep"] = image.dtype != np.uint8
         row["same"] = bool(np.array_equal(image, as_pillow(data, image)))
     except ImageError as error:

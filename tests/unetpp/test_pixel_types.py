@@ -17,11 +17,12 @@ import tifffile
 import torch
 from PIL import Image
 
+from tests.pictures import size_of
 from unetpp.checkpoint import digest
 from unetpp.config import ModelConfig, ValueRange
 from unetpp.errors import ConfigError, ImageError
 from unetpp.geo import tiff_tags
-from unetpp.images import decode_image, image_size, read_image
+from unetpp.images import decode_image, read_image
 from unetpp.model import UNetPlusPlus
 from unetpp.predictor import Predictor
 from unetpp.torch_engine import TorchEngine
@@ -198,7 +199,7 @@ def test_a_form_gives_the_picture_and_its_mask(form: str, masks: Callable[[Array
     image = decode_image(data)
     wanted_HWC = wanted[..., None] if wanted.ndim == 2 else wanted
     assert image.dtype == wanted.dtype
-    assert image_size(data) == wanted.shape[:2]
+    assert size_of(data) == wanted.shape[:2]
     np.testing.assert_array_equal(image, wanted_HWC)
     plain = wanted.astype(np.uint8)
     assert 0 < masks(plain).mean() < 1
@@ -353,7 +354,7 @@ def two_frames(form: str) -> bytes:
     ids=["tiff", "tiff rgb", "gif", "webp", "apng", "mpo"],
 )
 def test_several_pages_are_the_first_or_refused(data: bytes, num_pages: int) -> None:
-    assert image_size(data) == decode_image(data).shape[:2] == (HEIGHT, WIDTH)
+    assert size_of(data) == decode_image(data).shape[:2] == (HEIGHT, WIDTH)
     with pytest.raises(ImageError, match=f"has {num_pages} pages or frames, and `pages` refuses them") as caught:
         read_image(data, pages="refuse")
     assert caught.value.code == "decode"
