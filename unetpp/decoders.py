@@ -146,8 +146,10 @@ def decode_picture(data: bytes, max_pixels: int, pages: Pages = "first", bands: 
         image = _png_pixels(data)
     elif picture.format in ("JPEG", "MPO"):
         image = _jpeg_pixels(data, picture)
+    elif picture.format == "BMP" and _has_another_depth(picture, data):
+        image = imagecodecs.bmp_decode(data).reshape(picture.height, picture.width, -1)[..., :1]
     else:
-        _refuse_what_pillow_changes(picture, data)
+        _refuse_what_pillow_changes(picture)
         image = pillow_pixels(picture)
     if image.shape[:2] != (picture.height, picture.width):
         raise ImageError("decode", f"header and pixels disagree: {picture.size[::-1]} and {image.shape[:2]}")
@@ -243,15 +245,17 @@ def _jpeg_pixels(data: bytes, picture: Image.Image) -> Array:
     return image
 
 
-def _refuse_what_pillow_changes(picture: Image.Image, data: bytes) -> None:
-    """Samples that Pillow rescales, cuts to 8 bits or counts wrongly, and damaged run lengths that it makes up for."""
+def _has_another_depth(picture: Image.Image, data: bytes) -> bool:
+    """Whether Pillow would read a BMP of a grey palette wrongly: with black and white alone as of 1 bit, else of 8."""
+    bits = data[24 if data[14] == 12 else 28]
+    return picture.mode in ("1", "L") and bits != (1 if picture.mode == "1" else 8)
+
+
+def _refuse_what_pillow_changes(picture: Image.Image) -> None:
+    """Samples that Pillow rescales or cuts to 8 bits, and run lengths that it makes up for when they are damaged."""
     tile: Any = picture.tile[0] if picture.tile else None  # type: ignore[attr-defined]
     if picture.format == "BMP" and tile.codec_name == "bmp_rle":
         raise ImageError("decode", "run-length BMP is not supported: damage in it cannot be seen; convert it to PNG")
-    if picture.format == "BMP" and picture.mode in ("1", "L"):  # by its palette, and read as if that were its depth
-        bits = data[24 if data[14] == 12 else 28]
-        if bits != (1 if picture.mode == "1" else 8):
-            raise ImageError("decode", f"BMP of {bits} bits with a grey palette is not supported; convert it to PNG")
     if picture.format == "PPM":
         full = 65535 if picture.mode == "I" else 255
         maxval = tile.args[1] if isinstance(tile.args, tuple) else full

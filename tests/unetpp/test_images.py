@@ -285,14 +285,19 @@ def test_damage_behind_odd_metadata_in_a_jpeg_tile_of_a_tiff_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("bits", "palette"), [(4, range(16)), (4, (0, 255)), (8, (0, 255))])
-def test_a_bmp_that_pillow_reads_at_another_depth_is_refused(bits: int, palette: Sequence[int]) -> None:
+def test_a_bmp_of_a_grey_palette_is_read_at_its_depth(bits: int, palette: Sequence[int]) -> None:
+    """As some programs write binary masks; Pillow takes black and white for 1 bit, whatever the header says."""
     colours = b"".join(bytes([value] * 3 + [0]) for value in palette)
-    samples = bytes([0x10, 0x01, 0x10, 0x11])
+    samples = bytes([0x10, 0x01, 0x10, 0x11] if bits == 4 else [1, 0, 0, 1])
     sizes = struct.pack("<IiiHHIIiiII", 40, 32 // bits, 1, 1, bits, 0, len(samples), 0, 0, len(palette), 0)
     start = 14 + len(sizes) + len(colours)
     header = b"BM" + struct.pack("<IHHI", start + len(samples), 0, 0, start)
-    with pytest.raises(ImageError, match=f"BMP of {bits} bits with a grey palette"):
-        decode_image(header + sizes + colours + samples)
+    data = header + sizes + colours + samples
+    indices = [1, 0, 0, 1, 1, 0, 1, 1] if bits == 4 else [1, 0, 0, 1]
+    assert decode_image(data)[0, :, 0].tolist() == [palette[index] for index in indices]
+    assert decode_mask(data)[0].tolist() == indices
+    with pytest.raises(ImageError):
+        decode_image(data[:-2])
 
 
 def test_a_missing_tiff_strip_is_not_black() -> None:
