@@ -157,6 +157,47 @@ class DoneWithin:
         return older
 
 
+class _Newest:
+    """Tells, run by run and newest first, which rows readers see: no newer run has the image.
+
+    Of an image in windows also those of the newest run's version, grid and model, which several runs may have. Two
+    million images take 32 MB, until all runs are read.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._grids = np.empty(0, "S16"), np.empty(0, "S16")
+        self._run = bytearray(), bytearray()
+
+    def among(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+        """Which of some rows of a run they are."""
+        images = np.array([identity(row["source_uri"], row["key"], "") for row in rows], "S16")
+        grids = np.array([_grid(row) for row in rows], "S16")
+        is_cut = np.array([row["num_windows"] > 1 for row in rows], bool)
+        is_new = ~find(self._images, images)[0]
+        for identities, added in zip(self._run, (images[is_new], grids[is_new & is_cut]), strict=True):
+            identities += added.tobytes()
+        return is_new | find(self._grids, grids)[0]
+
+    def end_run(self) -> None:
+        """All rows of a run are seen; the next ones are of an older run."""
+        images, grids = self._run
+        self._images, self._grids = _with(self._images, images), _with(self._grids, grids)
+        self._run = bytearray(), bytearray()
+
+
+def _grid(row: Mapping[str, Any]) -> bytes:
+    return _of(row["model_digest"], whole_identity(row["source_uri"], row["key"], row["etag"], row["window_px"]))
+
+
+def _with(there: Identities, more: bytearray) -> Identities:
+    """A sorted array with more identities."""
+    if not more:
+        return there
+    both = np.concatenate([there, np.frombuffer(more, "S16")])
+    both.sort(kind="stable")  # quick where most of it is sorted
+    return both
+
+
 def done_before(
     output: str,
     digest: str | None,
@@ -168,9 +209,10 @@ def done_before(
 ) -> Done:
     """Read what is done of an archive.
 
-    An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
-    that a second try cannot change, or MAX_ATTEMPTS tries behind it. One that was forgotten is done whatever is wanted,
-    and whatever model had it.
+    An image version is done when the newest row of its image is of it, comes from a run that wrote at least `write`,
+    and has a mask, an error that a second try cannot change, or MAX_ATTEMPTS tries behind it. An earlier version, which
+    readers do not see any more, is as if it never was. One that was forgotten is done whatever is wanted, and whatever
+    model had it.
 
     Args:
         output: where the table is.
@@ -180,7 +222,7 @@ def done_before(
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
     """
-    done = Done()
+    done, newest = Done(), _Newest()
     removed = forgotten.identities(output)
     done.add(removed, np.ones(len(removed), bool), np.zeros(len(removed), np.int16))
     done.end_run()
@@ -188,7 +230,9 @@ def done_before(
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
-            rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            found = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            is_seen = newest.among(found)
+            rows = [row for row, seen in zip(found, is_seen, strict=True) if seen or row["error_code"] == "forgotten"]
             names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
             settled = np.array(
                 [row["error_code"] == "forgotten" or (covers and _is_settled(row, run in waiting)) for row in rows],
@@ -198,6 +242,7 @@ def done_before(
             done.add(np.array(names, "S16"), settled, attempts)
             done.add_windows(rows, settled)
         done.end_run()
+        newest.end_run()
     return done
 
 

@@ -204,6 +204,19 @@ def test_only_what_is_new_or_replaced_is_predicted(segment, images: Path) -> Non
     assert (newest["plate 1/w1.png"]["height"], newest["plate 1/w1.png"]["width"]) == (30, 20)
 
 
+def test_a_file_that_is_put_back_is_predicted_again(segment, images: Path, tmp_path: Path) -> None:
+    first = segment()
+    before = {row["key"]: row["mask_png"] for row in _rows(first)}
+    shutil.copy2(images / "a.png", tmp_path / "kept.png")
+    shutil.copy(images / "g+h.png", images / "a.png")
+    assert segment().num_predicted == 1
+    shutil.copy2(tmp_path / "kept.png", images / "a.png")
+    again = segment()
+    assert (again.num_predicted, again.num_unchanged) == (1, NUM_IMAGES - 1)
+    assert {row["key"]: row["mask_png"] for row in _rows(again)} == before
+    assert segment().status == "unchanged"
+
+
 def test_asking_for_png_later_does_the_images_again(segment) -> None:
     segment(write=("parquet",))
     assert segment().num_predicted == NUM_IMAGES

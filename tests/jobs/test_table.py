@@ -107,6 +107,19 @@ def test_another_version_source_or_model_is_not_done(place: str, commit) -> None
     assert not other.lookup(_identities("a"))[0].any()
 
 
+def test_a_version_that_comes_back_is_not_done_while_readers_see_another(place: str, commit) -> None:
+    commit("r00001", 0, {"a": None, "b": None, "c": (PASSING, 2), "d": ("forgotten", 1)})
+    commit("r00002", 0, {"a": None, "b": (PERMANENT, 1), "c": None, "d": None}, etag="other")
+    assert _done(place, "a", "b", "c", "d") == [False, False, False, True]
+    assert _done(place, "a", "b", "c", "d", etag="other") == [True] * 4
+    written = {"r00001": ["parquet"], "r00002": ["parquet"]}
+    found = done_before(place, DIGEST, sources={"s"}, write=["parquet"], written_by_run=written)
+    assert found.attempts(_identities("c")).tolist() == [0]
+    commit("r00003", 0, {"a": None, "c": (PASSING, 1)})
+    assert _done(place, "a", "b", "c") == [True, False, False]
+    assert _done(place, "a", "b", "c", etag="other") == [False, True, False]
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(0, 3)), max_size=80))
 def test_lookup_agrees_with_a_dictionary(newest_first: list[tuple[int, bool, int]]) -> None:
     oracle: dict[int, tuple[bool, int]] = {}
@@ -180,7 +193,7 @@ def commit_windows(place: str):
 
 
 def _windows_done(place: str, digest: str | None = DIGEST, window_px: int = 96) -> int:
-    written = {f"r0000{number}": ("parquet",) for number in range(1, 5)}
+    written = {f"r0000{number}": ("parquet",) for number in range(1, 6)}
     done = done_before(place, digest, sources={"s"}, write=("parquet",), written_by_run=written)
     (number,) = done.num_windows(np.array([whole_identity("s", "big", "e", window_px)], "S16")).tolist()
     return number
@@ -193,6 +206,18 @@ def test_an_image_is_done_when_all_its_windows_are(commit_windows, place: str) -
     assert _windows_done(place) == 3
     assert _windows_done(place, window_px=128) == 0
     commit_windows("r00003", {0: (PASSING, 1)})  # the newest word counts
+    assert _windows_done(place) == 0
+
+
+def test_windows_that_readers_do_not_see_are_not_done(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: None, 192: None})
+    commit_windows("r00002", {0: None}, num_windows=2, window_px=144)  # given up after one
+    assert _windows_done(place) == 0
+    commit_windows("r00003", {0: None, 96: None, 192: (PASSING, 1)})
+    assert _windows_done(place) == 0
+    commit_windows("r00004", {192: None})
+    assert _windows_done(place) == 3
+    commit_windows("r00005", {0: None}, etag="replaced", num_windows=1, window_px=0)
     assert _windows_done(place) == 0
 
 
