@@ -200,8 +200,9 @@ def _with(there: Identities, more: bytearray) -> Identities:
 
 def done_before(
     output: str,
-    digest: str | None,
+    digest: str,
     *,
+    by_any: bool = False,
     sources: Collection[str],
     write: Collection[str],
     written_by_run: Mapping[str, Collection[str]],
@@ -216,7 +217,8 @@ def done_before(
 
     Args:
         output: where the table is.
-        digest: the model's; None: by any model.
+        digest: the model's.
+        by_any: masks of other models count, too. What they failed at does not: this one may read it.
         sources: what is read, as rows name it.
         write: what is wanted now.
         written_by_run: what each run wrote.
@@ -226,7 +228,7 @@ def done_before(
     removed = forgotten.identities(output)
     done.add(removed, np.ones(len(removed), bool), np.zeros(len(removed), np.int16))
     done.end_run()
-    by_run = table.parts_by_run(table.list_parts(output, digest))
+    by_run = table.parts_by_run(table.list_parts(output, None if by_any else digest))
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
@@ -234,13 +236,16 @@ def done_before(
             is_seen = newest.among(found)
             rows = [row for row, seen in zip(found, is_seen, strict=True) if seen or row["error_code"] == "forgotten"]
             names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
-            settled = np.array(
-                [row["error_code"] == "forgotten" or (covers and _is_settled(row, run in waiting)) for row in rows],
-                bool,
-            )
-            attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
-            done.add(np.array(names, "S16"), settled, attempts)
-            done.add_windows(rows, settled)
+            is_ours = [row["model_digest"] == digest for row in rows]
+            settled = [
+                row["error_code"] == "forgotten" or (covers and _is_settled(row, ours, run in waiting))
+                for row, ours in zip(rows, is_ours, strict=True)
+            ]
+            attempts = [
+                row["attempts"] if row["error_code"] and ours else 0 for row, ours in zip(rows, is_ours, strict=True)
+            ]
+            done.add(np.array(names, "S16"), np.array(settled, bool), np.array(attempts, np.int16))
+            done.add_windows(rows, np.array(settled, bool))
         done.end_run()
         newest.end_run()
     return done
@@ -283,7 +288,7 @@ def still_failed(
     return {(*image, *window): tries for image, (_, of) in failed.items() for window, tries in of.items()}
 
 
-def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:
+def _is_settled(row: Mapping[str, object], is_ours: bool, is_waiting: bool) -> bool:
     code, attempts = row["error_code"], row["attempts"]
     assert isinstance(attempts, int)
-    return code is None or code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting
+    return code is None or (is_ours and (code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting))

@@ -163,10 +163,11 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
 def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
     """What the archive lists and the table does not have. ConfigError where nothing is listed."""
 
-    def done_by(digest: str | None) -> Done:
+    def done_before_now(*, by_any: bool) -> Done:
         return done_before(
             archive.output_uri,
-            digest,
+            archive.model_digest,
+            by_any=by_any,
             sources=set(archive.source_uris),
             write=archive.config.write,
             written_by_run={record.run: record.write for record in records},
@@ -176,11 +177,12 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
     done: planning.DoneBefore
     match archive.config.on_new_model:
         case "all":
-            done = done_by(archive.model_digest)
+            done = done_before_now(by_any=False)
         case "new_only":
-            done = done_by(None)
+            done = done_before_now(by_any=True)
         case "backfill":
-            done = DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
+            by_this, by_any = done_before_now(by_any=False), done_before_now(by_any=True)
+            done = DoneWithin(by_this, by_any, archive.config.backfill_images)
     from jobs.windows import Headers  # it loads torch, which looking after runs does without
 
     config = archive.config
