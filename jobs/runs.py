@@ -81,6 +81,12 @@ class Archive:
         """The roots as rows name them."""
         return [storage.plain(source.root) for source in self.sources]
 
+    def meets(self, record: RunRecord) -> bool:
+        """Whether a run reads an input of these, or an object right in a folder of these, or the other way round."""
+        theirs = {storage.plain(uri) for uri in record.config["input"]}
+        folders = {storage.plain(root) for root in record.sources}
+        return not theirs.isdisjoint([*self.inputs, *self.source_uris]) or not folders.isdisjoint(self.inputs)
+
     @classmethod
     def of(cls, run_uri: str, record: RunRecord) -> Self:
         """The archive as the call that opened a run wanted it, seen where the run's folder is now."""
@@ -115,8 +121,8 @@ class Unchanged:
 def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Unchanged:
     """Find the run to work on: an unfinished one of this fingerprint, else a new one of what is not done.
 
-    An unfinished run of the same archive and model with another fingerprint is abandoned before; so is one, also of
-    this call, that has an image to do which was forgotten after the run was planned.
+    An unfinished run of the model with another fingerprint is abandoned before if it may have images of this archive;
+    so is one, also of this call, that has an image to do which was forgotten after the run was planned.
 
     Args:
         archive: what is wanted.
@@ -135,7 +141,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             record
             for record in records
             if record.model_digest == archive.model_digest
-            and [storage.plain(uri) for uri in record.config["input"]] == archive.inputs
+            and archive.meets(record)
             and found[record.run] not in ("sealed", "compacted")
         ]
         for record in unfinished:
@@ -144,9 +150,11 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             # Where all is committed and only the sealing was cut off, no setting matters any more. A compaction is
             # none of a night's work: it is left to `unetpp compact`.
             is_committed = not record.compacts and not pending_shards(archive, record)
-            if record.fingerprint == archive.fingerprint or is_committed:
+            if is_committed:
+                return Opening(record, is_ours=False)
+            if record.fingerprint == archive.fingerprint:
                 _refuse_other_roots(archive, record)
-                if is_committed or not _give_up_forgotten(archive, record):
+                if not _give_up_forgotten(archive, record):
                     return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):

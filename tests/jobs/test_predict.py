@@ -28,6 +28,7 @@ from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import Child, DecodePool
 from jobs.manifest import ManifestRow, Shard
+from jobs.run_records import list_runs
 from jobs.runs import Archive, Opening, open_run
 from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
@@ -559,6 +560,58 @@ def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
     task, shards = _task(opening, tmp_path)
     with Worker(task) as worker, pytest.raises(AbandonedError, match=r"r00001 was abandoned .*r00002"):
         worker(shards[0])
+
+
+def _interrupted(segment: Callable[..., PredictResult], monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.progress.Progress.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert segment(**changed).exit_code == ExitCode.INTERRUPTED  # after one shard
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path, archive: Path) -> tuple[str, str]:
+    """Of two images each."""
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            shutil.copy(archive / "a.png", tmp_path / name / f"{number}.png")
+    return str(tmp_path / "x"), str(tmp_path / "y")
+
+
+@pytest.mark.parametrize("which", ["turned round", "one", "an object"])
+def test_an_unfinished_run_of_some_of_the_inputs_is_abandoned(
+    segment, two_folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    x, y = two_folders
+    _interrupted(segment, monkeypatch, input=(x, y), shard_images=1)
+    then = {"turned round": (y, x), "one": (y,), "an object": (f"{y}/0.png",)}[which]
+    assert segment(input=then).runs == ("r00002",)
+    assert list_runs(str(tmp_path / "out")) == {"r00001": "abandoned", "r00002": "sealed"}
+    last = segment(input=(x, y), shard_images=1)
+    assert len(_all_rows(tmp_path / "out")) == 4
+    assert last.num_listed == 4
+
+
+def test_objects_of_one_folder_are_archives_of_their_own(
+    segment, two_folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = two_folders
+    _interrupted(segment, monkeypatch, input=(f"{x}/0.png", y), shard_images=1)
+    assert segment(input=f"{x}/1.png").runs == ("r00002",)
+    assert segment(input=(f"{x}/0.png", y), shard_images=1).runs[0] == "r00001"
+
+
+def test_a_committed_run_is_sealed_whatever_order_the_inputs_have(
+    segment, two_folders: tuple[str, str], tmp_path: Path
+) -> None:
+    x, y = two_folders
+    segment(input=(x, y))
+    run = tmp_path / "out" / "runs" / "r00001"
+    report = (run / "report.html").read_text().count("<img")
+    (run / "_SUCCESS.json").unlink()
+    assert segment(input=y).runs == ("r00001",)
+    assert list_runs(str(tmp_path / "out")) == {"r00001": "sealed"}
+    assert (run / "report.html").read_text().count("<img") == report > 0
 
 
 @pytest.mark.parametrize(
