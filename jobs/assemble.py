@@ -77,20 +77,19 @@ def run(config: AssembleConfig) -> AssembleResult:
 
 def _newest(output: str, config: AssembleConfig) -> dict[tuple[int, int], Found]:
     """The newest row of every window of the image's newest version, grid and, unless one is named, model."""
-    parts = table.list_parts(output, config.model)
+    parts = sorted(table.list_parts(output, config.model), key=lambda part: part.run, reverse=True)
     source = None if config.source is None else storage.plain(storage.canonical(config.source))
     newest: dict[tuple[int, int], Found] = {}
     sources: set[str] = set()
     alike: tuple[object, ...] | None = None
-    for part in sorted(parts, key=lambda part: part.run, reverse=True):
-        for batch in table.scan([part], COLUMNS):
-            for row in batch.filter(pc.equal(batch["key"], config.key)).to_pylist():
-                if source not in (None, row["source_uri"]):
-                    continue
-                sources.add(row["source_uri"])
-                same = tuple(row[name] for name in ("model_digest", "etag", "num_windows", "window_px"))
-                if (alike := alike or same) == same:
-                    newest.setdefault((row["window_y"], row["window_x"]), Found(row, part))
+    for part, rows in table.scan_parts(parts, COLUMNS):
+        for row in rows.filter(pc.equal(rows["key"], config.key)).to_pylist():
+            if source not in (None, row["source_uri"]):
+                continue
+            sources.add(row["source_uri"])
+            same = tuple(row[name] for name in ("model_digest", "etag", "num_windows", "window_px"))
+            if (alike := alike or same) == same:
+                newest.setdefault((row["window_y"], row["window_x"]), Found(row, part))
     if not newest:
         raise ConfigError(
             f"the table of {output} has no image {config.key!r}; keys are paths below the input, as `key` says"

@@ -545,8 +545,8 @@ def _one_or_many(value: object) -> object:
 
 OnNewModel = Literal["new_only", "backfill", "all"]
 ON_NEW_MODEL = (
-    "what is done of images that older models have done: new_only leaves them, backfill does backfill_images of them "
-    "again, all does every one"
+    "what is done of images that older models have masks of: new_only leaves them, backfill does backfill_images of "
+    "them again, all does every one"
 )
 BACKFILL_IMAGES = "images of older models that one call, with on_new_model backfill, does again"
 

@@ -157,10 +157,52 @@ class DoneWithin:
         return older
 
 
+class _Newest:
+    """Tells, run by run and newest first, which rows readers see: no newer run has the image.
+
+    Of an image in windows also those of the newest run's version, grid and model, which several runs may have. Two
+    million images take 32 MB, until all runs are read.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._grids = np.empty(0, "S16"), np.empty(0, "S16")
+        self._run = bytearray(), bytearray()
+
+    def among(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+        """Which of some rows of a run they are."""
+        images = np.array([identity(row["source_uri"], row["key"], "") for row in rows], "S16")
+        grids = np.array([_grid(row) for row in rows], "S16")
+        is_cut = np.array([row["num_windows"] > 1 for row in rows], bool)
+        is_new = ~find(self._images, images)[0]
+        for identities, added in zip(self._run, (images[is_new], grids[is_new & is_cut]), strict=True):
+            identities += added.tobytes()
+        return is_new | find(self._grids, grids)[0]
+
+    def end_run(self) -> None:
+        """All rows of a run are seen; the next ones are of an older run."""
+        images, grids = self._run
+        self._images, self._grids = _with(self._images, images), _with(self._grids, grids)
+        self._run = bytearray(), bytearray()
+
+
+def _grid(row: Mapping[str, Any]) -> bytes:
+    return _of(row["model_digest"], whole_identity(row["source_uri"], row["key"], row["etag"], row["window_px"]))
+
+
+def _with(there: Identities, more: bytearray) -> Identities:
+    """A sorted array with more identities."""
+    if not more:
+        return there
+    both = np.concatenate([there, np.frombuffer(more, "S16")])
+    both.sort(kind="stable")  # quick where most of it is sorted
+    return both
+
+
 def done_before(
     output: str,
-    digest: str | None,
+    digest: str,
     *,
+    by_any: bool = False,
     sources: Collection[str],
     write: Collection[str],
     written_by_run: Mapping[str, Collection[str]],
@@ -168,36 +210,44 @@ def done_before(
 ) -> Done:
     """Read what is done of an archive.
 
-    An image version is done when its newest row comes from a run that wrote at least `write`, and has a mask, an error
-    that a second try cannot change, or MAX_ATTEMPTS tries behind it. One that was forgotten is done whatever is wanted,
-    and whatever model had it.
+    An image version is done when the newest row of its image is of it, comes from a run that wrote at least `write`,
+    and has a mask, an error that a second try cannot change, or MAX_ATTEMPTS tries behind it. An earlier version, which
+    readers do not see any more, is as if it never was. One that was forgotten is done whatever is wanted, and whatever
+    model had it.
 
     Args:
         output: where the table is.
-        digest: the model's; None: by any model.
+        digest: the model's.
+        by_any: masks of other models count, too. What they failed at does not: this one may read it.
         sources: what is read, as rows name it.
         write: what is wanted now.
         written_by_run: what each run wrote.
         waiting: runs whose failed images are not to be tried again now.
     """
-    done = Done()
+    done, newest = Done(), _Newest()
     removed = forgotten.identities(output)
     done.add(removed, np.ones(len(removed), bool), np.zeros(len(removed), np.int16))
     done.end_run()
-    by_run = table.parts_by_run(table.list_parts(output, digest))
+    by_run = table.parts_by_run(table.list_parts(output, None if by_any else digest))
     for run in sorted(by_run, reverse=True):
         covers = set(write) <= set(written_by_run.get(run, ()))
         for batch in table.scan(by_run[run], ["source_uri", *_IDENTITY, "error_code", "attempts", "model_digest"]):
-            rows = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            found = [row for row in batch.to_pylist() if row["source_uri"] in sources]
+            is_seen = newest.among(found)
+            rows = [row for row, seen in zip(found, is_seen, strict=True) if seen or row["error_code"] == "forgotten"]
             names = [identity(row["source_uri"], *(row[name] for name in _IDENTITY)) for row in rows]
-            settled = np.array(
-                [row["error_code"] == "forgotten" or (covers and _is_settled(row, run in waiting)) for row in rows],
-                bool,
-            )
-            attempts = np.array([row["attempts"] if row["error_code"] else 0 for row in rows], np.int16)
-            done.add(np.array(names, "S16"), settled, attempts)
-            done.add_windows(rows, settled)
+            is_ours = [row["model_digest"] == digest for row in rows]
+            settled = [
+                row["error_code"] == "forgotten" or (covers and _is_settled(row, ours, run in waiting))
+                for row, ours in zip(rows, is_ours, strict=True)
+            ]
+            attempts = [
+                row["attempts"] if row["error_code"] and ours else 0 for row, ours in zip(rows, is_ours, strict=True)
+            ]
+            done.add(np.array(names, "S16"), np.array(settled, bool), np.array(attempts, np.int16))
+            done.add_windows(rows, np.array(settled, bool))
         done.end_run()
+        newest.end_run()
     return done
 
 
@@ -238,7 +288,7 @@ def still_failed(
     return {(*image, *window): tries for image, (_, of) in failed.items() for window, tries in of.items()}
 
 
-def _is_settled(row: Mapping[str, object], is_waiting: bool) -> bool:
+def _is_settled(row: Mapping[str, object], is_ours: bool, is_waiting: bool) -> bool:
     code, attempts = row["error_code"], row["attempts"]
     assert isinstance(attempts, int)
-    return code is None or code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting
+    return code is None or (is_ours and (code in PERMANENT_IMAGE_ERRORS or attempts >= MAX_ATTEMPTS or is_waiting))

@@ -18,11 +18,10 @@ def run(config: ExplainConfig) -> ExplainResult:
     found = listed.filter(pc.equal(listed["key"], config.key)).to_pylist()
     sources = pa.array([storage.plain(source) for source in record.sources])
     rows: list[Attempt] = []
-    for part in reversed(table.list_parts(output, record.model_digest)):
-        for batch in table.scan([part], COLUMNS):
-            is_ours = pc.is_in(batch["source_uri"], value_set=sources)
-            chosen = batch.filter(pc.and_(pc.equal(batch["key"], config.key), is_ours))
-            rows += [_attempt(row, part) for row in chosen.to_pylist()]
+    for part, there in table.scan_parts(table.list_parts(output, record.model_digest)[::-1], COLUMNS):
+        is_ours = pc.is_in(there["source_uri"], value_set=sources)
+        chosen = there.filter(pc.and_(pc.equal(there["key"], config.key), is_ours))
+        rows += [_attempt(row, part) for row in chosen.to_pylist()]
     first = found[0] if found else {}
     was_committed = bool(found) and run_records.state_of(run_uri) == "compacted"  # then another run holds its rows
     return ExplainResult(

@@ -16,8 +16,8 @@ SLACK_BYTES = 256 << 20
 
 KINDS = {".tar": "tar", ".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd", ".tzst": "zstd", ".zip": "zip"}
 KINDS |= {".parquet": "parquet"}
-STREAMED = ("gzip", "zstd")
-"""Kinds that can be read from their start only."""
+STREAMED = ("gzip", "zstd", "parquet")
+"""Kinds that can be read from their start only, or from that of a row group, which may be the whole file."""
 
 _SUFFIX = "|".join(map(re.escape, sorted(KINDS, key=len, reverse=True)))
 _ARCHIVE = re.compile(f".*?({_SUFFIX})", re.IGNORECASE | re.DOTALL)

@@ -217,7 +217,7 @@ def _pictures(archive: Archive, record: RunRecord, chosen: list[int]) -> dict[in
     pictures = {}
     try:
         with storage.io_threads() as threads, DecodePool.of(config, _bands(archive)) as decoders:
-            found = archives.contents(archive.roots, rows, threads, limits_of(config), columns_of(config))
+            found = archives.contents(record.sources, rows, threads, limits_of(config), columns_of(config))
             for number, (row, content) in zip(chosen, found, strict=True):
                 try:
                     pictures[number] = overlays.thumbnail(_pixels(row, content, decoders))

@@ -81,6 +81,10 @@ class Archive:
         """The roots as rows name them."""
         return [storage.plain(source.root) for source in self.sources]
 
+    def has_inputs_of(self, record: RunRecord) -> bool:
+        """Whether a run has no inputs but these, in whatever order: what it leaves, a run of these does."""
+        return {storage.plain(uri) for uri in record.config["input"]} <= set(self.inputs)
+
     @classmethod
     def of(cls, run_uri: str, record: RunRecord) -> Self:
         """The archive as the call that opened a run wanted it, seen where the run's folder is now."""
@@ -115,8 +119,8 @@ class Unchanged:
 def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Unchanged:
     """Find the run to work on: an unfinished one of this fingerprint, else a new one of what is not done.
 
-    An unfinished run of the same archive and model with another fingerprint is abandoned before; so is one, also of
-    this call, that has an image to do which was forgotten after the run was planned.
+    An unfinished run of the model with another fingerprint, and no inputs but these, is abandoned before; so is one,
+    also of this call, that has an image to do which was forgotten after the run was planned.
 
     Args:
         archive: what is wanted.
@@ -136,7 +140,7 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             record
             for record in records
             if record.model_digest == archive.model_digest
-            and [storage.plain(uri) for uri in record.config["input"]] == archive.inputs
+            and archive.has_inputs_of(record)
             and found[record.run] not in ("sealed", "compacted")
         ]
         for record in unfinished:
@@ -145,9 +149,11 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
             # Where all is committed and only the sealing was cut off, no setting matters any more. A compaction is
             # none of a night's work: it is left to `unetpp compact`.
             is_committed = not record.compacts and not pending_shards(archive, record)
-            if record.fingerprint == archive.fingerprint or is_committed:
+            if is_committed:
+                return Opening(record, is_ours=False)
+            if record.fingerprint == archive.fingerprint:
                 _refuse_other_roots(archive, record)
-                if is_committed or not _give_up_forgotten(archive, record):
+                if not _give_up_forgotten(archive, record):
                     return Opening(record, is_ours=False)
         for record in unfinished:
             if archive.parent is not None and found[record.run] == "open" and pending_shards(archive, record):
@@ -166,10 +172,11 @@ def open_run(archive: Archive, waiting: Collection[str] = ()) -> Opening | Uncha
 def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[str]) -> planning.Plan:
     """What the archive lists and the table does not have. ConfigError where nothing is listed."""
 
-    def done_by(digest: str | None) -> Done:
+    def done_before_now(*, by_any: bool) -> Done:
         return done_before(
             archive.output_uri,
-            digest,
+            archive.model_digest,
+            by_any=by_any,
             sources=set(archive.source_uris),
             write=archive.config.write,
             written_by_run={record.run: record.write for record in records},
@@ -179,11 +186,12 @@ def _plan(archive: Archive, records: Sequence[RunRecord], waiting: Collection[st
     done: planning.DoneBefore
     match archive.config.on_new_model:
         case "all":
-            done = done_by(archive.model_digest)
+            done = done_before_now(by_any=False)
         case "new_only":
-            done = done_by(None)
+            done = done_before_now(by_any=True)
         case "backfill":
-            done = DoneWithin(done_by(archive.model_digest), done_by(None), archive.config.backfill_images)
+            by_this, by_any = done_before_now(by_any=False), done_before_now(by_any=True)
+            done = DoneWithin(by_this, by_any, archive.config.backfill_images)
     from jobs.windows import Headers  # it loads torch, which looking after runs does without
 
     config = archive.config

@@ -4,6 +4,7 @@
 and Spark read it as is. A part is there whole or not at all, so every row that is there counts.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -147,8 +148,9 @@ def newest_view(output: str, model: str | None = None, name: str = "masks") -> s
         model: the digest, whole or its first ten digits, of the model whose rows count; None: those of every model.
         name: the view's name.
     """
+    root = re.sub(r"[\[*?]", r"[\g<0>]", storage.canonical(output))  # no globs, whatever the output is called
     folder = "*" if model is None else sink.model_folder(model)
-    files = storage.join(storage.canonical(output), "table", folder, "*", "*.parquet")
+    files = storage.join(root, "table", folder, "*", "*.parquet")
     place, image = ", ".join(PLACE), ", ".join(PLACE[:2])
     grid = f"struct_pack({', '.join(GRID)})"
     return (

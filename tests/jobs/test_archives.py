@@ -418,9 +418,10 @@ def test_a_column_of_names_that_is_not_there_is_refused(tmp_path: Path, images) 
     assert "name_column" in error.detail
 
 
-def test_a_compressed_tar_is_read_by_few_shards(segment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.zst", "x.parquet"])
+def test_what_is_read_from_its_start_is_read_by_few_shards(segment, tmp_path: Path, name: str) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "x.tar.gz").write_bytes(tar_of({f"{number:03d}.png": b"" for number in range(120)}, "w:gz"))
+    (tmp_path / "in" / name).write_bytes(PACKED[name]({f"{number:03d}.png": b"" for number in range(120)}))
     result = segment(f"{tmp_path}/out", f"{tmp_path}/in", shard_images=1, max_failed_share=1)
     assert result.num_listed == 120
     record = storage.read_json(f"{tmp_path}/out/runs/r00001/run.json")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from jobs import predict
@@ -94,3 +96,22 @@ def test_an_image_that_the_older_model_could_not_read_yet_is_tried_by_the_new_on
     changed = next(path for path in sorted(images.rglob("*.png")) if not path.name.startswith("new-"))
     shutil.copy(images / "new-0.png", changed)
     assert again(on_new_model="new_only").num_predicted == NUM_NEW + 1
+
+
+@pytest.mark.parametrize("how", [{"on_new_model": "new_only"}, {"on_new_model": "backfill"}])
+def test_what_an_older_model_could_not_read_is_tried_by_the_next(
+    tiny_model: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    (tmp_path / "in").mkdir()
+    five_HWC = np.random.default_rng(0).integers(0, 256, (20, 24, 5), np.uint8)
+    tifffile.imwrite(tmp_path / "in" / "five.tif", five_HWC, photometric="minisblack", planarconfig="contig")
+    places = {"model": str(tiny_model), "input": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+
+    def run(**more: Any) -> PredictResult:
+        return predict.run(PredictConfig(**places, backend="inline", threads=1, max_failed_share=1, **how, **more))
+
+    assert run().failures == {"decode": 1}
+    assert run().status == "unchanged"
+    assert run(bands=(0, 1, 2)).num_predicted == 1
+    assert run(bands=(0, 1, 2)).status == "unchanged"
+    assert run().status == "unchanged"  # a mask is there, whoever made it

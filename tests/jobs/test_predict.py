@@ -28,6 +28,7 @@ from jobs.cli import run_command_line
 from jobs.contract import ExitCode, PredictConfig, PredictResult
 from jobs.guarded import Child, DecodePool
 from jobs.manifest import ManifestRow, Shard
+from jobs.run_records import list_runs
 from jobs.runs import Archive, Opening, open_run
 from jobs.shard import Item, Outcome, Task, load_predictor, predict_shard, read_shard, write_shard
 from jobs.sources import resolve
@@ -202,6 +203,19 @@ def test_only_what_is_new_or_replaced_is_predicted(segment, images: Path) -> Non
     newest = {row["key"]: row for row in _rows(result)}
     assert [key for key, row in newest.items() if row["run"] == "r00002"] == ["new.png", "plate 1/w1.png"]
     assert (newest["plate 1/w1.png"]["height"], newest["plate 1/w1.png"]["width"]) == (30, 20)
+
+
+def test_a_file_that_is_put_back_is_predicted_again(segment, images: Path, tmp_path: Path) -> None:
+    first = segment()
+    before = {row["key"]: row["mask_png"] for row in _rows(first)}
+    shutil.copy2(images / "a.png", tmp_path / "kept.png")
+    shutil.copy(images / "g+h.png", images / "a.png")
+    assert segment().num_predicted == 1
+    shutil.copy2(tmp_path / "kept.png", images / "a.png")
+    again = segment()
+    assert (again.num_predicted, again.num_unchanged) == (1, NUM_IMAGES - 1)
+    assert {row["key"]: row["mask_png"] for row in _rows(again)} == before
+    assert segment().status == "unchanged"
 
 
 def test_asking_for_png_later_does_the_images_again(segment) -> None:
@@ -553,6 +567,57 @@ def test_an_unfinished_run_with_other_settings_is_abandoned_and_its_work_kept(
     task, shards = _task(opening, tmp_path)
     with Worker(task) as worker, pytest.raises(AbandonedError, match=r"r00001 was abandoned .*r00002"):
         worker(shards[0])
+
+
+def _interrupted(segment: Callable[..., PredictResult], monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.progress.Progress.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert segment(**changed).exit_code == ExitCode.INTERRUPTED  # after one shard
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path, archive: Path) -> tuple[str, str]:
+    """Of two images each."""
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            shutil.copy(archive / "a.png", tmp_path / name / f"{number}.png")
+    return str(tmp_path / "x"), str(tmp_path / "y")
+
+
+@pytest.mark.parametrize("is_more", [False, True], ids=["turned round", "more"])
+def test_an_unfinished_run_whose_inputs_this_call_has_is_abandoned(
+    segment, two_folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_more: bool
+) -> None:
+    x, y = two_folders
+    _interrupted(segment, monkeypatch, input=(x,) if is_more else (x, y), shard_images=1)
+    assert segment(input=(y, x)).runs == ("r00002",)
+    assert list_runs(str(tmp_path / "out")) == {"r00001": "abandoned", "r00002": "sealed"}
+    assert len(_all_rows(tmp_path / "out")) == 4
+    assert segment(input=(x, y)).num_listed == 4
+
+
+@pytest.mark.parametrize("fewer", ["y", "y/0.png"])
+def test_a_call_of_fewer_inputs_leaves_a_run_that_somebody_may_work_on(
+    segment, two_folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewer: str
+) -> None:
+    _interrupted(segment, monkeypatch, input=two_folders, shard_images=1)
+    assert segment(input=str(tmp_path / fewer)).runs == ("r00002",)
+    assert list_runs(str(tmp_path / "out")) == {"r00001": "open", "r00002": "sealed"}
+    assert segment(input=two_folders, shard_images=1).runs[0] == "r00001"
+
+
+def test_a_committed_run_is_sealed_whatever_order_the_inputs_have(
+    segment, two_folders: tuple[str, str], tmp_path: Path
+) -> None:
+    x, y = two_folders
+    segment(input=(x, y))
+    run = tmp_path / "out" / "runs" / "r00001"
+    report = (run / "report.html").read_text().count("<img")
+    (run / "_SUCCESS.json").unlink()
+    assert segment(input=(y, x)).runs == ("r00001",)
+    assert list_runs(str(tmp_path / "out")) == {"r00001": "sealed"}
+    assert (run / "report.html").read_text().count("<img") == report > 0
 
 
 @pytest.mark.parametrize(

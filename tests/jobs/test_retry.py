@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from jobs import explain, forget, forgotten, predict, retry, status
+from jobs import assemble, explain, forget, forgotten, predict, retry, status, storage
 from jobs.cli import run_command_line
-from jobs.contract import ExplainConfig, ForgetConfig, PredictConfig, PredictResult, RetryConfig, StatusConfig
+from jobs.contract import (
+    AssembleConfig,
+    ExplainConfig,
+    ForgetConfig,
+    PredictConfig,
+    PredictResult,
+    RetryConfig,
+    StatusConfig,
+)
 from jobs.table import read_masks
 from unetpp.checkpoint import save_pretrained
 from unetpp.config import ModelConfig
@@ -132,3 +140,15 @@ def test_explain_tells_the_story_of_an_image(run_uri: str, again) -> None:
 def test_a_key_is_shown_as_it_is_written(run_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line("explain", [run_uri, "[b]:smile:.png"]) == 0
     assert "has no [b]:smile:.png:" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_table_are_read_side_by_side(run_uri: str, again, monkeypatch: pytest.MonkeyPatch) -> None:
+    again()
+    arrow, opened = storage.arrow, list[str]()
+    monkeypatch.setattr(storage, "arrow", lambda uri: opened.append(uri) or arrow(uri))
+    assert explain.run(ExplainConfig(run=run_uri, key="a.png")).is_committed
+    assert len(opened) == 1  # a client for four parts
+    output = run_uri.partition("/runs/")[0]
+    with pytest.raises(ConfigError, match="has no image"):
+        assemble.run(AssembleConfig(output=output, key="nothing.png", out=f"{output}/mask.tif"))
+    assert len(opened) == 2

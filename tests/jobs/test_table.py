@@ -11,6 +11,7 @@ from jobs.manifest import identity, whole_identity
 from jobs.table import read_masks
 
 DIGEST = "0123456789" + "f" * 54
+OTHER = "9" * 64
 PERMANENT, PASSING = "decode", "gone"
 
 
@@ -54,9 +55,9 @@ def _row(key: str, outcome: tuple[str, int] | None, source: str, etag: str) -> d
     )
 
 
-def _done(place: str, *keys: str, source: str = "s", etag: str = "e", write=("parquet",), **more) -> list[bool]:
+def _done(place: str, *keys: str, source="s", etag="e", write=("parquet",), digest=DIGEST, **more) -> list[bool]:
     written = {f"r0000{number}": ("parquet", "png") for number in range(1, 5)} | more.pop("written", {})
-    found = done_before(place, DIGEST, sources={source}, write=write, written_by_run=written, **more)
+    found = done_before(place, digest, sources={source}, write=write, written_by_run=written, **more)
     return found.lookup(_identities(*keys, source=source, etag=etag))[0].tolist()
 
 
@@ -103,8 +104,33 @@ def test_another_version_source_or_model_is_not_done(place: str, commit) -> None
     commit("r00001", 0, {"a": None})
     assert _done(place, "a", etag="other") == [False]
     assert _done(place, "a", source="other") == [False]
-    other = done_before(place, "9" * 64, sources={"s"}, write=[], written_by_run={"r00001": []})
+    other = done_before(place, OTHER, sources={"s"}, write=[], written_by_run={"r00001": []})
     assert not other.lookup(_identities("a"))[0].any()
+
+
+def test_a_version_that_comes_back_is_not_done_while_readers_see_another(place: str, commit) -> None:
+    commit("r00001", 0, {"a": None, "b": None, "c": (PASSING, 2), "d": ("forgotten", 1)})
+    commit("r00002", 0, {"a": None, "b": (PERMANENT, 1), "c": None, "d": None}, etag="other")
+    assert _done(place, "a", "b", "c", "d") == [False, False, False, True]
+    assert _done(place, "a", "b", "c", "d", etag="other") == [True] * 4
+    written = {"r00001": ["parquet"], "r00002": ["parquet"]}
+    found = done_before(place, DIGEST, sources={"s"}, write=["parquet"], written_by_run=written)
+    assert found.attempts(_identities("c")).tolist() == [0]
+    commit("r00003", 0, {"a": None, "c": (PASSING, 1)})
+    assert _done(place, "a", "b", "c") == [True, False, False]
+    assert _done(place, "a", "b", "c", etag="other") == [False, True, False]
+
+
+def test_what_another_model_did_is_done_and_what_it_failed_at_is_not(place: str, commit) -> None:
+    commit("r00001", 0, {"mask": None, "broken": (PERMANENT, 1), "gone": (PASSING, 3), "not wanted": ("forgotten", 1)})
+    keys = "mask", "broken", "gone", "not wanted"
+    assert _done(place, *keys, by_any=True) == [True] * 4
+    assert _done(place, *keys, digest=OTHER, by_any=True, waiting={"r00001"}) == [True, False, False, True]
+    assert _done(place, *keys, digest=OTHER) == [False] * 4
+    found = done_before(
+        place, OTHER, by_any=True, sources={"s"}, write=["parquet"], written_by_run={"r00001": ["parquet"]}
+    )
+    assert found.attempts(_identities(*keys)).tolist() == [0] * 4
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans(), st.integers(0, 3)), max_size=80))
@@ -179,9 +205,9 @@ def commit_windows(place: str):
     return put
 
 
-def _windows_done(place: str, digest: str | None = DIGEST, window_px: int = 96) -> int:
-    written = {f"r0000{number}": ("parquet",) for number in range(1, 5)}
-    done = done_before(place, digest, sources={"s"}, write=("parquet",), written_by_run=written)
+def _windows_done(place: str, digest: str = DIGEST, window_px: int = 96, **more) -> int:
+    written = {f"r0000{number}": ("parquet",) for number in range(1, 6)}
+    done = done_before(place, digest, sources={"s"}, write=("parquet",), written_by_run=written, **more)
     (number,) = done.num_windows(np.array([whole_identity("s", "big", "e", window_px)], "S16")).tolist()
     return number
 
@@ -196,12 +222,30 @@ def test_an_image_is_done_when_all_its_windows_are(commit_windows, place: str) -
     assert _windows_done(place) == 0
 
 
+def test_windows_that_readers_do_not_see_are_not_done(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: None, 192: None})
+    commit_windows("r00002", {0: None}, num_windows=2, window_px=144)  # given up after one
+    assert _windows_done(place) == 0
+    commit_windows("r00003", {0: None, 96: None, 192: (PASSING, 1)})
+    assert _windows_done(place) == 0
+    commit_windows("r00004", {192: None})
+    assert _windows_done(place) == 3
+    commit_windows("r00005", {0: None}, etag="replaced", num_windows=1, window_px=0)
+    assert _windows_done(place) == 0
+
+
 def test_windows_of_two_models_are_no_image_together(commit_windows, place: str) -> None:
     commit_windows("r00001", {0: None, 96: None})
     commit_windows("r00002", {192: None}, digest="a" * 64)
-    assert _windows_done(place, digest=None) == 0
+    assert _windows_done(place, by_any=True) == 0
     commit_windows("r00003", {0: None, 96: None}, digest="a" * 64)
-    assert _windows_done(place, digest=None) == 3
+    assert _windows_done(place, by_any=True) == 3
+
+
+def test_a_window_that_another_model_failed_at_is_not_done(commit_windows, place: str) -> None:
+    commit_windows("r00001", {0: None, 96: (PERMANENT, 1), 192: None}, digest="a" * 64)
+    assert _windows_done(place, by_any=True) == 0
+    assert _windows_done(place, digest="a" * 64, by_any=True) == 3
 
 
 def test_the_newest_windows_are_those_of_the_newest_grid(commit_windows, place: str) -> None:

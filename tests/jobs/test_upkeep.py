@@ -486,14 +486,14 @@ def test_an_output_that_is_empty_yet_is_in_order(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the newest mask
 
 
-def test_duckdb_sees_the_newest_row_of_every_image(
-    tiny_model: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["o'ut", "masks [v2]", "[a]*?"])
+def test_duckdb_sees_the_newest_row_of_every_image(tiny_model: Path, archive: Path, tmp_path: Path, name: str) -> None:
+    output = str(tmp_path / name)
     images = tmp_path / "images with 'quotes'"
     images.mkdir()
-    for name in ("a.png", "b.png"):
-        (images / name).write_bytes((archive / "a.png").read_bytes())
-    settings = {"model": str(tiny_model), "input": str(images), "output": str(tmp_path / "o'ut"), "backend": "inline"}
+    for key in ("a.png", "b.png"):
+        (images / key).write_bytes((archive / "a.png").read_bytes())
+    settings = {"model": str(tiny_model), "input": str(images), "output": output, "backend": "inline"}
     config = PredictConfig.model_validate(settings)
     digest = predict.run(config).model_digest
     time.sleep(0.01)
@@ -501,10 +501,10 @@ def test_duckdb_sees_the_newest_row_of_every_image(
     os.utime(images / "b.png")
     predict.run(config)
     with duckdb.connect() as connection:
-        connection.sql(newest_view(str(tmp_path / "o'ut"), digest, name="newest"))
+        connection.sql(newest_view(output, digest, name="newest"))
         rows = connection.sql("select key, run, class_pixels, mask_png from newest order by key").fetchall()
     assert [row[:2] for row in rows] == [("a.png", "r00001"), ("b.png", "r00002")]
-    wanted = {row["key"]: row for row in read_masks(str(tmp_path / "o'ut"), digest).to_pylist()}
+    wanted = {row["key"]: row for row in read_masks(output, digest).to_pylist()}
     assert [(list(row[2]), row[3]) for row in rows] == [
         (wanted[key]["class_pixels"], wanted[key]["mask_png"]) for key in ("a.png", "b.png")
     ]
