@@ -16,6 +16,7 @@ from unetpp.config import ModelConfig
 from unetpp.errors import ConfigError, UnetppError
 from unetpp.loss import deep_supervision_loss
 from unetpp.model import UNetPlusPlus
+from unetpp.torch_engine import plain_float32
 
 MAX_SKIPPED = 10
 """Steps in a row without a finite gradient, after which training has diverged."""
@@ -51,6 +52,8 @@ class TrainingState:
         self.optimiser = _optimiser(self.network, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: self._learning_rate(step))
         self._autocast_type = _autocast_type(config, device)
+        if self._autocast_type is not None and device.type == "cuda":
+            plain_float32()  # of the convolution that reads pixels: nothing else is in float32 then
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._autocast_type is torch.float16)
         self._parts: dict[str, Any] = {
             "model": self.network,
