@@ -26,7 +26,7 @@ Environment = dict[str, str | int | None]
 class _Record(Frozen):
     """Frozen whose numbers are read back as they were written: JSON's null for what is not finite is no number."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants", allow_inf_nan=True)
 
 
 class EpochMetrics(_Record):

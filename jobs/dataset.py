@@ -35,6 +35,8 @@ from unetpp.torch_engine import scale
 NUM_READERS = 8
 MEMORY_SHARE = 0.25
 """Decoded images that take more than this share of the node's memory go to a file, with `cache` auto."""
+DECODING = 2
+"""Raised with every change of what files are decoded to: node files of another number are made anew."""
 
 SHARED_MEMORY = "/dev/shm"
 BATCHES_AHEAD = 2
@@ -117,6 +119,7 @@ class MappedImages(Sequence[LabelledImage]):
         self._arrays: ArrayFile | None = None
         self._key = contract.fingerprint(
             {
+                "decoding": DECODING,
                 "set": fingerprint,
                 "samples": [sample.model_dump(mode="json", exclude={"split", "groups"}) for sample in samples],
                 "in_channels": model.in_channels,
@@ -193,6 +196,11 @@ def _decode(sample: Sample, read: Callable[[], Encoded], model: ModelConfig) -> 
         raise ConfigError(
             f"mask {sample.mask_uri} is {mask_height} x {mask_width} pixels, its image {sample.image_uri} is "
             f"{height} x {width} (height x width); they must be equal"
+        )
+    if model.ignore_index is not None and (target_HW == model.ignore_index).all():
+        raise ConfigError(
+            f"{sample.mask_uri} has no labelled pixel, but {model.ignore_index} alone, the ignore_index; take its "
+            "image out of the set: it would count as found without a fault"
         )
     return LabelledImage(sample, image_HWC, target_HW)
 

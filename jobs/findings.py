@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "mask_without_image": Kind("warning", "masks without an image", "add the images, or take the masks out"),
     "undecodable_image": Kind("error", "images that cannot be decoded", "replace them, or take them out"),
     "undecodable_mask": Kind("error", "masks that cannot be decoded", "replace them, or take their images out"),
+    "unlabelled_mask": Kind("error", "masks without a labelled pixel", "take their images out"),
     "size_mismatch": Kind("error", "masks of another size than their image", "export them again at the image's size"),
     "wrong_class": Kind(
         "error", "masks with values that are no class", "set num_classes or ignore_index, or mend them"

@@ -184,6 +184,8 @@ def read_splits(listing: Listing, split_column: str) -> dict[str, dict[str, str]
         raise ConfigError(f"{uri} has columns {', '.join(columns)}; wanted at least id and {split_column}")
     rows: dict[str, dict[str, str]] = {}
     for row in reader:
+        if not row["id"]:
+            raise ConfigError(f"{uri} has no id in line {reader.line_num}; wanted one, or no such line")
         if row["id"] in rows:
             raise ConfigError(f"{uri} names the id {row['id']!r} twice; remove one of the rows")
         rows[row["id"]] = {column: value or "" for column, value in row.items() if column}

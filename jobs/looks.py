@@ -109,7 +109,9 @@ def _mask_faults(look: Look, encoded: Encoded, config: InspectConfig) -> Iterato
         counts[config.ignore_index] = 0
     num_labelled, num_background = int(counts.sum()), int(counts[0])
     look.foreground = 1 - num_background / num_labelled if num_labelled else float("nan")
-    if num_labelled == num_background:
+    if not num_labelled:
+        yield "unlabelled_mask", f"every pixel is {config.ignore_index}, the ignore_index"
+    elif num_labelled == num_background:
         yield "empty_mask", "every labelled pixel is background"
     elif np.count_nonzero(counts) == 1:
         yield "full_mask", f"every labelled pixel is of class {int(counts.argmax())}"

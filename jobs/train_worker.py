@@ -22,7 +22,7 @@ from jobs.stream import streamed_batches
 from jobs.train_records import Progress, RunLog, write_records
 from jobs.training import DivergedError, TrainingState, first_network
 from unetpp.checkpoint import from_pretrained
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, StorageError
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import confusion_counts, iou
 from unetpp.model import UNetPlusPlus
@@ -112,6 +112,7 @@ class Worker:
     def resume(self, learning_rate_factor: float | None = None) -> History:
         """Go to the newest checkpoint, or to the beginning; the epochs before it."""
         found = checkpoints.newest(self.run_uri)
+        self._agree_on(0 if found is None else int(found[0].sha256[:15], 16))
         initial = from_pretrained(fetch_model(self.init)) if self.init and found is None else None
         num_steps = self.config.epochs * self.steps_per_epoch
         network = first_network(self.config, initial)
@@ -125,6 +126,18 @@ class Worker:
             self.state.slow_down(learning_rate_factor)
         self._started = time.monotonic() - self.state.seconds
         return history
+
+    def _agree_on(self, checkpoint: int) -> None:
+        """StorageError where workers, which each look for the newest checkpoint, found different ones."""
+        if self.world_size == 1:
+            return
+        largest = torch.tensor([checkpoint, -checkpoint], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if int(largest[0]) != -int(largest[1]):
+            raise StorageError(
+                f"workers found different newest checkpoints in {self.run_uri}: it shows some of them late, or another "
+                "training writes there; wait, and start the same command again"
+            )
 
     def remove_diverged(self) -> None:
         """Remove the checkpoints after which no step had a finite gradient: from there it would diverge again."""

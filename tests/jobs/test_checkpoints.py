@@ -66,7 +66,8 @@ def test_two_writers_of_one_epoch_do_not_mix(place: str) -> None:
 
 
 def test_an_epoch_without_a_finite_loss_is_read_back(place: str) -> None:
-    history = (metrics(0), metrics(1).model_copy(update={"loss": float("nan")}), metrics(2, 0.4))
+    without = EpochMetrics.model_validate(metrics(1).model_dump() | {"loss": float("nan")})
+    history = (metrics(0), without, metrics(2, 0.4))
     for number in range(3):
         checkpoints.save(place, f"state {number}".encode(), history[: number + 1])
         checkpoints.tidy(place, keep=3)

@@ -143,10 +143,11 @@ def drawn_alone(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]
     return draw_shapes(Annotations({0: entry}, {0: [shape]}, {0: 1}), 0, 1)
 
 
+COORDINATE = st.floats(-8, 38, width=32) | st.integers(-80, 380).map(lambda tenths: tenths / 10)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
-@given(
-    st.lists(st.lists(st.tuples(*[st.floats(-8, 38, width=32)] * 2), min_size=3, max_size=7), min_size=1, max_size=3)
-)
+@given(st.lists(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=7), min_size=1, max_size=3))
 def test_polygons_are_drawn_as_by_cocos_own_library(points: list[list[tuple[float, float]]]) -> None:
     polygons = [[value for point in polygon for value in point] for polygon in points]
     encoded = coco_mask.merge(coco_mask.frPyObjects(polygons, 20, 30))
@@ -473,6 +474,23 @@ def test_a_column_that_no_one_wrote_is_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "splits.csv").unlink()
     with pytest.raises(ConfigError, match="has no 'fold' to split by"):
         open_labelled_set(str(tmp_path), "fold")
+
+
+def test_a_line_of_splits_csv_without_an_id_is_refused(folder: Path, tmp_path: Path) -> None:
+    storage.upload_folder(folder, tmp_path)
+    (tmp_path / "splits.csv").write_text("split,id\ntrain,synth-000000\nval\n")
+    with pytest.raises(ConfigError, match=r"splits\.csv has no id in line 3"):
+        open_labelled_set(str(tmp_path))
+
+
+def test_an_image_without_a_labelled_pixel_is_refused(folder: Path, tmp_path: Path) -> None:
+    storage.upload_folder(folder, tmp_path)
+    mask = tmp_path / "masks" / "synth-000001.png"
+    mask.write_bytes(encode_mask(np.ones(Image.open(mask).size[::-1], np.uint8)))
+    samples = open_labelled_set(str(tmp_path)).samples
+    load(samples, BINARY)
+    with pytest.raises(ConfigError, match=r"synth-000001\.png has no labelled pixel, but 255 alone"):
+        load(samples, BINARY.model_copy(update={"ignore_index": 255}))
 
 
 def test_an_id_that_splits_csv_names_twice_is_refused(folder: Path, tmp_path: Path) -> None:

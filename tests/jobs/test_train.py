@@ -33,7 +33,7 @@ from jobs.training import MAX_SKIPPED, DivergedError, TrainingState, first_netwo
 from tests.fresh import in_a_fresh_process
 from unetpp.checkpoint import from_pretrained, read_pretrained
 from unetpp.config import ModelConfig, ValueRange
-from unetpp.errors import ConfigError
+from unetpp.errors import ConfigError, StorageError
 from unetpp.loss import deep_supervision_loss
 from unetpp.measuring import masks_by_level
 from unetpp.metrics import confusion_counts, iou
@@ -472,3 +472,19 @@ def test_the_last_epoch_is_trained_again_where_its_checkpoint_is_torn(data_dir: 
     assert found is not None
     assert (found[0].epoch, before.epoch) == (last.epoch, last.epoch - 1)
     assert (again.digest, again.epochs, again.steps) == (first.digest, 2, 6)
+
+
+@pytest.mark.parametrize("others", [7, 8])
+def test_workers_go_on_from_one_checkpoint_or_not_at_all(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker.__new__(Worker)
+    worker.world_size, worker.device, worker.run_uri = 2, torch.device("cpu"), "s3://runs/tiny"
+
+    def reduced(ours: torch.Tensor, op: object) -> None:
+        ours.copy_(torch.maximum(ours, torch.tensor([others, -others])))
+
+    monkeypatch.setattr("jobs.train_worker.dist.all_reduce", reduced)
+    if others == 7:
+        worker._agree_on(7)
+        return
+    with pytest.raises(StorageError, match="workers found different newest checkpoints in s3://runs/tiny"):
+        worker._agree_on(7)
