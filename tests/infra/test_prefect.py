@@ -132,6 +132,18 @@ def test_every_automation_is_one_that_the_server_accepts(alarm: str | None) -> N
             validate_user_template(getattr(action, "payload", "") or "")
 
 
+def test_the_hours_of_silence_begin_with_what_was_heard_last() -> None:
+    silences = [each["trigger"] for each in automations.read(None) if each["trigger"]["posture"] == "Proactive"]
+    assert [each.get("after") for each in silences] == [["prefect.flow-run.heartbeat"], ["prefect.flow-run.Completed"]]
+
+
+def test_a_night_that_ends_in_any_way_but_well_is_told() -> None:
+    (failed,) = [each for each in automations.read(None) if each["name"] == "unetpp-failed"]
+    assert set(failed["trigger"]["expect"]) == {
+        f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut", "Cancelled")
+    }
+
+
 def test_a_resumption_is_bounded_by_the_parameters_own_limit() -> None:
     (resume,) = [each for each in automations.read(None) if each["name"] == "unetpp-resume"]
     template = resume["actions"][0]["parameters"]["config"]["value"]["template"]
