@@ -14,6 +14,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.server.utilities.user_templates import validate_user_template
 
 from flows import automations, deploy
+from flows.config import NightlyConfig
 from flows.deploy import CONFIGS, FILE, PLACES, POOL, with_site
 from jobs.config_file import load_config, read_yaml
 from unetpp.errors import ConfigError
@@ -110,6 +111,11 @@ def test_nights_do_not_overlap_and_trainings_wait() -> None:
     assert strategies == {"nightly": "CANCEL_NEW", "archive": "CANCEL_NEW", "train": "ENQUEUE", "backfill": "ENQUEUE"}
     assert {each["concurrency_limit"]["limit"] for each in DEPLOYMENTS.values()} == {1}
     assert {each["work_pool"]["name"] for each in DEPLOYMENTS.values()} == {POOL}
+
+
+def test_a_night_that_takes_all_its_time_ends_before_the_next() -> None:
+    shortest_day_h = 23
+    assert 2 * NightlyConfig.model_fields["deadline_hours"].default <= shortest_day_h - 0.5
 
 
 def test_every_schedule_has_a_slug_a_zone_and_says_whether_it_is_on() -> None:
