@@ -151,6 +151,23 @@ def test_somebody_who_mended_it_may_ask_again() -> None:
     assert ensured(Cluster(job=[RUNNING]), again=True) == ("job", True)
 
 
+@pytest.mark.parametrize("before", [[failed(None)] * 3, [failed(1), failed(20)]], ids=["three losses", "one for good"])
+def test_what_was_mended_has_three_attempts_anew(before: list[JobStatus]) -> None:
+    def after(*endings: JobStatus) -> Cluster:
+        attempts = [*before, *endings]
+        return Cluster(**{f"job_a{number}" if number else "job": [each] for number, each in enumerate(attempts)})
+
+    for endings in ([STOPPED], [failed(None)], [failed(None), STOPPED, failed(1)]):
+        assert ensured(after(*endings)) == (f"job-a{len(before) + len(endings)}", False)
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(after(failed(None), STOPPED, failed(1), failed(None)))
+
+
+def test_what_was_done_once_has_three_attempts_anew() -> None:
+    cluster = Cluster(job=[failed(1)], job_a1=[failed(1)], job_a2=[SUCCEEDED], job_a3=[failed(1)])
+    assert ensured(cluster) == ("job-a4", False)
+
+
 def test_the_last_attempt_decides() -> None:
     assert ensured(Cluster(job=[failed(20)], job_a1=[failed(4)])) == ("job-a2", False)
 
