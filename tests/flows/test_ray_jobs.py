@@ -60,8 +60,8 @@ def ensured(cluster: Cluster, **how: bool) -> tuple[str, bool]:
 
 
 def test_a_name_fits_kubernetes_and_says_stage_and_night() -> None:
-    name = submission_id("evaluate", "202611242203", {"config": "c"})
-    assert name.startswith("unetpp-evaluate-202611242203-")
+    name = submission_id("evaluate", "20261124-242203", {"config": "c"})
+    assert name.startswith("unetpp-evaluate-20261124-242203-")
     assert len(name + "-a99") <= MAX_ID_LENGTH
     assert set(name) <= set(string.ascii_lowercase + string.digits + "-")
 
