@@ -75,6 +75,13 @@ def test_a_deployment_begins_with_what_the_site_s_file_says_of_its_flow(tmp_path
     assert after == before | {"parameters": {"config": expected}}
 
 
+def test_nights_begin_where_the_site_s_file_says_that_it_is_night() -> None:
+    content = with_site(CONTENT, {"timezone": "Asia/Tokyo"})
+    (nightly,) = [each for each in content["deployments"] if each["name"] == "nightly"]
+    assert [schedule["timezone"] for schedule in nightly["schedules"]] == ["Asia/Tokyo"]
+    assert nightly["parameters"]["config"]["timezone"] == "Asia/Tokyo"
+
+
 @pytest.mark.parametrize(
     ("site", "words"),
     [
