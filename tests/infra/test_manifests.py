@@ -288,6 +288,15 @@ def test_a_unit_restarts_drains_and_may_do_little(path: Path) -> None:
     assert named <= set(re.findall(r"^(\w+)=", example, re.M))
 
 
+def test_prefect_puts_its_pages_where_its_unit_may_write() -> None:
+    example = (INFRA / "systemd" / "unetpp.env.example").read_text()
+    (pages,) = re.findall(r"^PREFECT_UI_STATIC_DIRECTORY=(.+)", example, re.M)
+    (writable,) = re.findall(
+        r"^ReadWritePaths=(.+)", (INFRA / "systemd" / "unetpp-prefect-server.service").read_text(), re.M
+    )
+    assert Path(pages).is_relative_to(writable)
+
+
 # ---------------------------------------------------------------------------------------------------- all of it
 
 
