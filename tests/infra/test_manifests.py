@@ -288,6 +288,14 @@ def test_a_unit_restarts_drains_and_may_do_little(path: Path) -> None:
     assert named <= set(re.findall(r"^(\w+)=", example, re.M))
 
 
+def test_a_head_and_a_node_on_one_machine_have_no_port_in_common() -> None:
+    head, node = ((INFRA / "systemd" / f"unetpp-ray-{name}.service").read_text() for name in ("head", "node"))
+    for unit in (head, node):
+        assert "--min-worker-port=0 --max-worker-port=0" in unit, "any that is free, not a range that both begin with"
+    agents = [re.findall(r"--dashboard-agent-listen-port=(\d+)", unit) for unit in (head, node)]
+    assert agents == [[], ["52366"]], "the head's is Ray's own, 52365"
+
+
 def test_prefect_puts_its_pages_where_its_unit_may_write() -> None:
     example = (INFRA / "systemd" / "unetpp.env.example").read_text()
     (pages,) = re.findall(r"^PREFECT_UI_STATIC_DIRECTORY=(.+)", example, re.M)
