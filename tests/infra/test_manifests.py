@@ -249,6 +249,10 @@ def test_an_image_copies_what_is_there_pins_what_it_installs_and_is_not_root(pat
     assert [value for name, value in steps if name == "USER"] == ["unetpp"]
 
 
+def test_the_image_of_the_jobs_has_the_compiler_that_triton_wants() -> None:
+    assert {"gcc", "libc6-dev"} <= set((INFRA / "docker" / "Dockerfile.jobs").read_text().split())
+
+
 def test_the_image_of_the_flows_installs_what_they_import_and_neither_torch_nor_ray() -> None:
     """Every module of flows/, and the jobs' doors that they use, with nothing importable but what flows.txt names."""
     listed = [line for line in (INFRA / "docker" / "flows.txt").read_text().splitlines() if line and line[0] != "#"]
