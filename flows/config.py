@@ -29,7 +29,9 @@ class FlowOptions(Frozen):
         description="where jobs run; auto: on the cluster of RAY_API_SERVER_ADDRESS where that is set, else here",
     )
     deadline_hours: Annotated[float, Field(gt=0)] = Field(
-        12.0, description="when a flow stops its job, which drains and is resumed by the next start"
+        11.0,
+        description="when a flow stops its job, which drains and is resumed by the next start; nightly has it twice, "
+        "and ends before the next one, which else would be cancelled",
     )
     again: bool = Field(
         False, description="start a job although it has ended for this night: to look for new images, or after a repair"

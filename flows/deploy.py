@@ -69,11 +69,15 @@ def deploy() -> None:
 
 
 def with_site(content: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
-    """The content of prefect.yaml, whose deployments begin with what a site says of their flows."""
+    """The content of prefect.yaml, whose deployments begin with what a site says of their flows and of where it is."""
+    zone = {"timezone": site["timezone"]} if "timezone" in site else {}
     deployments = []
     for each in content["deployments"]:
         known = {name: value for name, value in site.items() if name in CONFIGS[each["name"]].model_fields}
-        deployments.append({**each, "parameters": {"config": {**each["parameters"]["config"], **known}}})
+        begun = {**each, "parameters": {"config": {**each["parameters"]["config"], **known}}}
+        if "schedules" in each:
+            begun["schedules"] = [{**schedule, **zone} for schedule in each["schedules"]]
+        deployments.append(begun)
     return {**content, "deployments": deployments}
 
 

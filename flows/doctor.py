@@ -4,6 +4,7 @@ Every check is a small real act: an object is written, written again, read, list
 its version and its free CPUs; the current model is loaded.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from flows.config import DoctorConfig
 from flows.jobs_api import RayJobs
 from jobs import registry, storage
 from jobs.contract import ExitCode
+from jobs.models import is_there
 from unetpp.errors import UnetppError
 
 MAX_SKEW_S = 60.0
@@ -167,15 +169,20 @@ def _model(models: str) -> str:
     if model is None:
         raise _Wrong(f"{models} has no current model", "run the train deployment, or python -m flows.train")
     uri = registry.model_uri(storage.canonical(models), model.digest)
+    seen = f"number {number} is {model.digest[:10]}, level L{model.level}"
+    damaged = f"copy the model there again, or go back: unetpp rollback --models {models}"
+    if importlib.util.find_spec("torch") is None:  # the image of the flows
+        if not is_there(uri):
+            raise _Wrong(f"number {number}, {uri}: it has no config.json or no weights", damaged)
+        return f"{seen}; its files are there, and were not loaded, which takes torch"
     # In a process of its own: loading a model takes torch.
     done = subprocess.run([sys.executable, "-m", "jobs.check_model", uri], capture_output=True, text=True, check=False)
     if done.returncode or done.stdout.strip() != model.digest:
         said = (done.stderr.strip().splitlines() or [f"its digest is {done.stdout.strip()[:10]}"])[-1]
-        raise _Wrong(
-            f"number {number}, {uri}: {said}",
-            "copy the model there again, or go back: unetpp rollback --models " + models,
-        )
-    return f"number {number} is {model.digest[:10]}, level L{model.level}"
+        if said.startswith(("ImportError", "ModuleNotFoundError")):
+            raise _Wrong(f"number {number} cannot be loaded here: {said}", "install the project here again: make setup")
+        raise _Wrong(f"number {number}, {uri}: {said}", damaged)
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------- services

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 def nightly(config: NightlyConfig) -> tuple[TrainOutcome, PredictResult]:
     """Train, measure, prune and gate; then predict with whatever model is current.
 
-    Where no new model could be made, the archive is segmented with the one there is; the flow run fails at the end.
+    Where the first half fails, the archive is segmented with the model that is current then, which is the new one where
+    the gate had let it through; the flow run fails at the end.
     Each half has `deadline_hours`, so that a training that takes too long leaves time for the archive.
     """
     night = stages.tonight(config)
@@ -32,8 +33,8 @@ def nightly(config: NightlyConfig) -> tuple[TrainOutcome, PredictResult]:
     except UnetppError as error:
         if registry.current(config.models)[1] is None:
             raise
-        logger.error("no new model: %s", error)
-        logger.info("going on with the current one")
+        logger.error("the half that makes a model failed: %s", error)
+        logger.info("going on with the model that is current now")
         segment(config, night, stages.deadline(config))
         raise
     predicted = segment(config, night, stages.deadline(config))

@@ -11,13 +11,15 @@ MINUTES_A_DAY = 24 * 60
 def night_of(moment: datetime, timezone: str, period_minutes: int = MINUTES_A_DAY) -> str:
     """Name the night that `moment` lies in: `20261124` is from noon of that day to noon of the next.
 
-    Shorter periods, for archives that are looked at several times a day, are named by their first minute, in UTC.
+    Shorter periods, for archives that are looked at several times a day, have the day, hour and minute at which they
+    begin, in UTC, after their night: `20261124-250130`.
     """
+    night = f"{moment.astimezone(ZoneInfo(timezone)) - timedelta(hours=12):%Y%m%d}"
     if period_minutes == MINUTES_A_DAY:
-        return f"{moment.astimezone(ZoneInfo(timezone)) - timedelta(hours=12):%Y%m%d}"
+        return night
     minutes = int(moment.timestamp()) // 60
     start = datetime.fromtimestamp((minutes - minutes % period_minutes) * 60, UTC)
-    return f"{start:%Y%m%d%H%M}"
+    return f"{night}-{start:%d%H%M}"
 
 
 def refuse_future(night: date, timezone: str) -> None:

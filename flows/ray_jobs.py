@@ -128,7 +128,8 @@ def ensure(
 
     A job of this name that is waiting, running or done is attached to. One that ended with exit code 1 or 4, or was
     lost, or whose result is gone, is followed by `-a1`, that by `-a2`, and then by none; those that were done, or were
-    stopped, by a deadline or by hand, do not count.
+    stopped, by a deadline or by hand, do not count. One that was done, and one that only `again` could start, has
+    three attempts anew.
 
     Args:
         backend: where it runs.
@@ -166,8 +167,7 @@ def ensure(
                 f"{backend.where} remembers {MAX_NAMES} jobs that did the same, as many as can be told apart: delete "
                 f"them there, {name} last (ray job delete, or kubectl delete rayjob)",
             )
-        spent = sum(ended.state is State.FAILED for _, ended in attempts)
-        if not again and (spent >= MAX_ATTEMPTS or not _may_try_again(status)):
+        if not again and _only_again_helps([status for _, status in attempts]):
             why = "That was the last attempt" if _may_try_again(status) else "Another attempt would end the same way"
             raise JobError(
                 last,
@@ -294,6 +294,17 @@ def _patiently(
                 raise
             logger.warning("%s: %s; asking again", name, error)
             time.sleep(poll_s)
+
+
+def _only_again_helps(endings: list[JobStatus]) -> bool:
+    """Whether nobody starts another attempt after these unless asked to; one that was, has the count begin anew."""
+    spent, refused = 0, False
+    for status in endings:
+        if refused or status.state is State.SUCCEEDED:
+            spent = 0
+        spent += status.state is State.FAILED
+        refused = spent >= MAX_ATTEMPTS or not _may_try_again(status)
+    return refused
 
 
 def _may_try_again(status: JobStatus) -> bool:

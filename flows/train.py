@@ -23,9 +23,12 @@ def make_model(config: TrainFlowConfig, until: float) -> TrainOutcome:
     measured = stages.evaluate_stage(config, labelled, trained.model_uri, trained.digest, until)
     pruned = stages.prune_stage(config, labelled, trained, until)
     gate = stages.gate_stage(config, labelled, measured, pruned, until)
-    quantised = stages.quantise_stage(config, labelled, until) if config.quantise else None
-    outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate, quantised=quantised)
-    publish.publish_levels(outcome)
+    outcome = TrainOutcome(trained=trained, measured=measured, pruned=pruned, gate=gate)
+    try:
+        if config.quantise:
+            outcome = outcome.model_copy(update={"quantised": stages.quantise_stage(config, labelled, until)})
+    finally:
+        publish.publish_levels(outcome)
     return outcome
 
 

@@ -4,6 +4,7 @@ Nothing is ever rewritten: a promotion, and a rollback too, puts the next number
 """
 
 import re
+from collections.abc import Iterable
 
 from jobs import storage
 from jobs.models import fetch_model, is_there
@@ -11,6 +12,7 @@ from unetpp.config import Frozen, Level
 from unetpp.errors import ConfigError, ModelError, StorageError
 
 _CURRENT = re.compile(r"current-(\d{5})\.json")
+_ROLLED_BACK = "rolled back from "
 
 
 class CurrentModel(Frozen):
@@ -69,16 +71,29 @@ def rollback(models: str) -> tuple[int, CurrentModel]:
         number, now = current(models)
         if now is None:
             raise ConfigError(f"{models} has no current model: there is nothing to go back from")
-        history = [read(models, each) for each in range(1, number + 1)]
-        first = next(each for each, model in enumerate(history) if model is not None and model.digest == now.digest)
-        before = next((model for model in reversed(history[:first]) if model is not None), None)
-        if before is None:
+        way = _way_to(read(models, each) for each in range(1, number + 1))
+        if len(way) < 2:
             raise ConfigError(f"{now.digest[:10]} is the first model of {models}: there is none to go back to")
+        before = way[-2]
         if not storage.exists(storage.join(model_uri(models, before.digest), "config.json")):
             raise ConfigError(f"{model_uri(models, before.digest)} is gone: {models} cannot go back to it")
-        again = before.model_copy(update={"gate": f"rolled back from {now.digest[:10]} (number {number})"})
+        again = before.model_copy(update={"gate": f"{_ROLLED_BACK}{now.digest[:10]} (number {number})"})
         if _put(models, number + 1, again):
             return number + 1, again
+
+
+def _way_to(history: Iterable[CurrentModel | None]) -> list[CurrentModel]:
+    """The models that were current one after the other until now, without those that were gone back from."""
+    way: list[CurrentModel] = []
+    for model in history:
+        if model is None:
+            continue
+        if model.gate.startswith(_ROLLED_BACK):
+            there = [index for index, each in enumerate(way[:-1]) if each.digest == model.digest]
+            way = way[: there[-1] + 1] if there else way[:-1]
+        if not way or way[-1].digest != model.digest:
+            way.append(model)
+    return way
 
 
 def read(models: str, number: int) -> CurrentModel | None:

@@ -1,6 +1,7 @@
 """What the doctor says of a clock and of versions. A whole site is in tests/cluster."""
 
 import http.server
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import flows
 from flows.config import DoctorConfig
-from flows.doctor import examine
-from jobs import storage
+from flows.doctor import Finding, examine
+from jobs import registry, storage
+from jobs.registry import CurrentModel
 
 
 @pytest.fixture
@@ -85,3 +88,41 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     findings = {finding.what: finding for finding in examine(DoctorConfig(output=str(tmp_path / "file" / "below")))}
     assert findings["output"].state == "wrong"
     assert findings["output"].fix
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> str:
+    """A registry whose current model has its files, which are no model."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    model = CurrentModel(digest="a" * 64, level=2, val_iou=0.5, labelled_fingerprint="f" * 64, gate="first")
+    assert registry.promote(str(tmp_path / "models"), 1, model, str(folder))
+    return str(tmp_path / "models")
+
+
+def model_finding(models: str) -> Finding:
+    (finding,) = [each for each in examine(DoctorConfig(models=models)) if each.what == "model"]
+    return finding
+
+
+def test_where_torch_is_not_a_models_files_are_looked_for(models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert model_finding(models)[1:] == (
+        "ok",
+        "number 1 is aaaaaaaaaa, level L2; its files are there, and were not loaded, which takes torch",
+        "",
+    )
+    (Path(models) / ("a" * 64) / "model.safetensors").unlink()
+    assert (model_finding(models).state, "unetpp rollback" in model_finding(models).fix) == ("wrong", True)
+
+
+def test_a_torch_that_cannot_be_imported_says_nothing_against_the_model(
+    models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12 is not there')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(flows.__file__).parents[1]}")
+    finding = model_finding(models)
+    assert (finding.state, finding.fix) == ("wrong", "install the project here again: make setup")
+    assert "ImportError: libcudart.so.12 is not there" in finding.seen

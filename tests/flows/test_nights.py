@@ -25,9 +25,18 @@ def test_a_night_is_from_noon_to_noon_where_it_is_night(moment: datetime, timezo
     assert night_of(moment, timezone) == night
 
 
-def test_a_shorter_period_is_named_by_its_first_minute() -> None:
+def test_a_shorter_period_is_named_by_its_night_and_its_first_minute() -> None:
     names = [night_of(datetime(2026, 11, 24, 22, minute, 59, tzinfo=UTC), "UTC", 3) for minute in (3, 4, 5, 6)]
-    assert names == ["202611242203", "202611242203", "202611242203", "202611242206"]
+    assert names == ["20261124-242203"] * 3 + ["20261124-242206"]
+
+
+@pytest.mark.parametrize("timezone", ["America/New_York", "Europe/Berlin", "Pacific/Auckland"])
+def test_the_periods_of_a_night_are_of_that_night_and_no_two_have_one_name(timezone: str) -> None:
+    first = datetime(2026, 10, 20, tzinfo=UTC)  # the clocks of two of them go back in these weeks
+    moments = [first + timedelta(hours=hour) for hour in range(24 * 20)]
+    names = [night_of(moment, timezone, 60) for moment in moments]
+    assert [name[:8] for name in names] == [night_of(moment, timezone) for moment in moments]
+    assert len(set(names)) == len(names)
 
 
 def test_a_range_has_both_its_ends() -> None:

@@ -60,8 +60,8 @@ def ensured(cluster: Cluster, **how: bool) -> tuple[str, bool]:
 
 
 def test_a_name_fits_kubernetes_and_says_stage_and_night() -> None:
-    name = submission_id("evaluate", "202611242203", {"config": "c"})
-    assert name.startswith("unetpp-evaluate-202611242203-")
+    name = submission_id("evaluate", "20261124-242203", {"config": "c"})
+    assert name.startswith("unetpp-evaluate-20261124-242203-")
     assert len(name + "-a99") <= MAX_ID_LENGTH
     assert set(name) <= set(string.ascii_lowercase + string.digits + "-")
 
@@ -149,6 +149,23 @@ def test_somebody_who_mended_it_may_ask_again() -> None:
     assert ensured(Cluster(job=[failed(20)]), again=True) == ("job-a1", False)
     assert ensured(Cluster(job=[failed(1)], job_a1=[failed(1)], job_a2=[failed(1)]), again=True) == ("job-a3", False)
     assert ensured(Cluster(job=[RUNNING]), again=True) == ("job", True)
+
+
+@pytest.mark.parametrize("before", [[failed(None)] * 3, [failed(1), failed(20)]], ids=["three losses", "one for good"])
+def test_what_was_mended_has_three_attempts_anew(before: list[JobStatus]) -> None:
+    def after(*endings: JobStatus) -> Cluster:
+        attempts = [*before, *endings]
+        return Cluster(**{f"job_a{number}" if number else "job": [each] for number, each in enumerate(attempts)})
+
+    for endings in ([STOPPED], [failed(None)], [failed(None), STOPPED, failed(1)]):
+        assert ensured(after(*endings)) == (f"job-a{len(before) + len(endings)}", False)
+    with pytest.raises(JobError, match="the last attempt"):
+        ensured(after(failed(None), STOPPED, failed(1), failed(None)))
+
+
+def test_what_was_done_once_has_three_attempts_anew() -> None:
+    cluster = Cluster(job=[failed(1)], job_a1=[failed(1)], job_a2=[SUCCEEDED], job_a3=[failed(1)])
+    assert ensured(cluster) == ("job-a4", False)
 
 
 def test_the_last_attempt_decides() -> None:

@@ -4,12 +4,15 @@ import flows.embedded  # noqa: F401  before Prefect is imported
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flows import publish, ray_jobs, stages
-from flows.config import FlowOptions
+from flows.config import FlowOptions, TrainFlowConfig
+from flows.outcome import TrainOutcome
 from flows.ray_jobs import JobStatus
+from flows.train import make_model
 from jobs import storage
 from jobs.contract import GcConfig, GcResult
 from tests.flows.test_ray_jobs import RUNNING, STOPPED, SUCCEEDED, Cluster
@@ -60,3 +63,19 @@ def test_a_job_that_is_stopped_while_we_follow_ends_the_flow(once, monkeypatch: 
     monkeypatch.setattr(ray_jobs, "STOP_S", 0.0)
     with pytest.raises(JobError, match="it was stopped; the next start goes on from there"):
         once(RUNNING, RUNNING, STOPPED)
+
+
+def test_a_model_that_could_not_be_quantised_shows_its_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise JobError("unetpp-quantise", 20, "int8 wants openvino")
+
+    shown: list[TrainOutcome] = []
+    for stage in ("labelled_fingerprint", "train_stage", "evaluate_stage", "prune_stage"):
+        monkeypatch.setattr(stages, stage, lambda *_: SimpleNamespace(model_uri="m", digest="d"))
+    monkeypatch.setattr(stages, "gate_stage", lambda *_: "it replaces the current model")
+    monkeypatch.setattr(stages, "quantise_stage", fail)
+    monkeypatch.setattr("flows.train.TrainOutcome", TrainOutcome.model_construct)
+    monkeypatch.setattr(publish, "publish_levels", shown.append)
+    with pytest.raises(JobError, match="openvino"):
+        make_model(TrainFlowConfig(data="d", models="m", work="w", quantise=True), time.monotonic() + 60)
+    assert [(outcome.gate, outcome.quantised) for outcome in shown] == [("it replaces the current model", None)]

@@ -249,6 +249,10 @@ def test_an_image_copies_what_is_there_pins_what_it_installs_and_is_not_root(pat
     assert [value for name, value in steps if name == "USER"] == ["unetpp"]
 
 
+def test_the_image_of_the_jobs_has_the_compiler_that_triton_wants() -> None:
+    assert {"gcc", "libc6-dev"} <= set((INFRA / "docker" / "Dockerfile.jobs").read_text().split())
+
+
 def test_the_image_of_the_flows_installs_what_they_import_and_neither_torch_nor_ray() -> None:
     """Every module of flows/, and the jobs' doors that they use, with nothing importable but what flows.txt names."""
     listed = [line for line in (INFRA / "docker" / "flows.txt").read_text().splitlines() if line and line[0] != "#"]
@@ -286,6 +290,23 @@ def test_a_unit_restarts_drains_and_may_do_little(path: Path) -> None:
     named = set(re.findall(r"\$\{(\w+)\}", path.read_text()))
     example = (INFRA / "systemd" / "unetpp.env.example").read_text()
     assert named <= set(re.findall(r"^(\w+)=", example, re.M))
+
+
+def test_a_head_and_a_node_on_one_machine_have_no_port_in_common() -> None:
+    head, node = ((INFRA / "systemd" / f"unetpp-ray-{name}.service").read_text() for name in ("head", "node"))
+    for unit in (head, node):
+        assert "--min-worker-port=0 --max-worker-port=0" in unit, "any that is free, not a range that both begin with"
+    agents = [re.findall(r"--dashboard-agent-listen-port=(\d+)", unit) for unit in (head, node)]
+    assert agents == [[], ["52366"]], "the head's is Ray's own, 52365"
+
+
+def test_prefect_puts_its_pages_where_its_unit_may_write() -> None:
+    example = (INFRA / "systemd" / "unetpp.env.example").read_text()
+    (pages,) = re.findall(r"^PREFECT_UI_STATIC_DIRECTORY=(.+)", example, re.M)
+    (writable,) = re.findall(
+        r"^ReadWritePaths=(.+)", (INFRA / "systemd" / "unetpp-prefect-server.service").read_text(), re.M
+    )
+    assert Path(pages).is_relative_to(writable)
 
 
 # ---------------------------------------------------------------------------------------------------- all of it

@@ -3,17 +3,28 @@ is one that the server accepts."""
 
 import flows.embedded  # noqa: F401  before Prefect is imported
 
+import asyncio
 import importlib
 import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.events.schemas.automations import AutomationCore
+from prefect.server.database.dependencies import provide_database_interface
+from prefect.server.events import triggers
+from prefect.server.events.models.automations import create_automation
+from prefect.server.events.schemas.automations import Automation
+from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.server.utilities.user_templates import validate_user_template
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 
 from flows import automations, deploy
+from flows.config import NightlyConfig
 from flows.deploy import CONFIGS, FILE, PLACES, POOL, with_site
 from jobs.config_file import load_config, read_yaml
 from unetpp.errors import ConfigError
@@ -74,6 +85,13 @@ def test_a_deployment_begins_with_what_the_site_s_file_says_of_its_flow(tmp_path
     assert after == before | {"parameters": {"config": expected}}
 
 
+def test_nights_begin_where_the_site_s_file_says_that_it_is_night() -> None:
+    content = with_site(CONTENT, {"timezone": "Asia/Tokyo"})
+    (nightly,) = [each for each in content["deployments"] if each["name"] == "nightly"]
+    assert [schedule["timezone"] for schedule in nightly["schedules"]] == ["Asia/Tokyo"]
+    assert nightly["parameters"]["config"]["timezone"] == "Asia/Tokyo"
+
+
 @pytest.mark.parametrize(
     ("site", "words"),
     [
@@ -112,6 +130,11 @@ def test_nights_do_not_overlap_and_trainings_wait() -> None:
     assert {each["work_pool"]["name"] for each in DEPLOYMENTS.values()} == {POOL}
 
 
+def test_a_night_that_takes_all_its_time_ends_before_the_next() -> None:
+    shortest_day_h = 23
+    assert 2 * NightlyConfig.model_fields["deadline_hours"].default <= shortest_day_h - 0.5
+
+
 def test_every_schedule_has_a_slug_a_zone_and_says_whether_it_is_on() -> None:
     schedules = [schedule for each in DEPLOYMENTS.values() for schedule in each.get("schedules", [])]
     assert schedules
@@ -132,6 +155,18 @@ def test_every_automation_is_one_that_the_server_accepts(alarm: str | None) -> N
             validate_user_template(getattr(action, "payload", "") or "")
 
 
+def test_the_hours_of_silence_begin_with_what_was_heard_last() -> None:
+    silences = [each["trigger"] for each in automations.read(None) if each["trigger"]["posture"] == "Proactive"]
+    assert [each.get("after") for each in silences] == [["prefect.flow-run.heartbeat"], ["prefect.flow-run.Completed"]]
+
+
+def test_a_night_that_ends_in_any_way_but_well_is_told() -> None:
+    (failed,) = [each for each in automations.read(None) if each["name"] == "unetpp-failed"]
+    assert set(failed["trigger"]["expect"]) == {
+        f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut", "Cancelled")
+    }
+
+
 def test_a_resumption_is_bounded_by_the_parameters_own_limit() -> None:
     (resume,) = [each for each in automations.read(None) if each["name"] == "unetpp-resume"]
     template = resume["actions"][0]["parameters"]["config"]["value"]["template"]
@@ -146,3 +181,65 @@ def test_a_resumption_is_bounded_by_the_parameters_own_limit() -> None:
 def test_the_doctor_and_the_file_speak_of_the_same_automations() -> None:
     there = yaml.safe_load(Path(automations.FILE).read_text())["automations"]
     assert tuple(each["name"] for each in there) == automations.NAMES
+
+
+HOUR = timedelta(hours=1)
+MIDNIGHT = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def server_database(tmp_path: Path) -> Iterator[None]:
+    """A database of Prefect's server, with the tables of its automations."""
+
+    async def make_tables() -> None:
+        database = provide_database_interface()
+        metadata = database.Base.metadata
+        tables = [table for name, table in metadata.tables.items() if name.startswith(("automation", "composite"))]
+        async with (await database.engine()).begin() as connection:
+            await connection.run_sync(metadata.create_all, tables=tables)
+
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{tmp_path}/prefect.db"}):
+        asyncio.run(make_tables())
+        yield
+
+
+@pytest.mark.parametrize(("nights", "told_at"), [([10, 34, 82], [60]), ([10, 34, 58, 82], [])])
+def test_a_lost_night_is_told_within_26_hours_of_the_last(
+    nights: list[int], told_at: list[int], server_database: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the server evaluates its triggers with, on a clock that is turned by hand."""
+    (content,) = [each for each in automations.read(None) if each["name"] == "unetpp-dead-man"]
+    told: list[int] = []
+
+    async def turn_the_clock() -> None:
+        automation = Automation(id=uuid4(), **content)
+        async with provide_database_interface().session_context(begin_transaction=True) as session:
+            await create_automation(session, automation)
+        triggers.clear_loaded_automations()
+        triggers.load_automation(automation)
+        (trigger,) = triggers.triggers.values()
+        for hour in range(100):
+            now = MIDNIGHT + hour * HOUR
+            monkeypatch.setattr(triggers, "act", lambda firing, hour=hour: answered(told.append(hour)))
+            await triggers.reset_events_clock()
+            await triggers.proactive_evaluation(trigger, now)
+            if hour in nights:
+                await triggers.reactive_evaluation(completed(now))
+        triggers.clear_loaded_automations()
+
+    async def answered(_: None) -> None:
+        pass
+
+    def completed(now: datetime) -> ReceivedEvent:
+        return ReceivedEvent(
+            id=uuid4(),
+            occurred=now,
+            received=now,
+            event="prefect.flow-run.Completed",
+            resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
+            related=[{"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.night"}],
+            payload={},
+        )
+
+    asyncio.run(turn_the_clock())
+    assert told == told_at

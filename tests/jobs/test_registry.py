@@ -129,6 +129,32 @@ def test_rolling_back_again_goes_further_back_and_not_forth(three_models: str) -
         registry.rollback(three_models)
 
 
+def test_a_model_that_was_promoted_anew_goes_back_to_the_one_that_it_replaced(
+    three_models: str, exported_dir: Path
+) -> None:
+    assert registry.promote(three_models, 4, model_named("b" * 64), str(exported_dir))
+    assert [registry.rollback(three_models)[1].digest[0] for _ in range(3)] == ["c", "b", "a"]
+    with pytest.raises(ConfigError, match="aaaaaaaaaa is the first model"):
+        registry.rollback(three_models)
+
+
+def test_a_model_that_was_promoted_after_a_rollback_goes_back_to_what_that_went_to(
+    three_models: str, exported_dir: Path
+) -> None:
+    registry.rollback(three_models)
+    for number, digest in ((5, "d"), (6, "c")):
+        assert registry.promote(three_models, number, model_named(digest * 64), str(exported_dir))
+    assert [registry.rollback(three_models)[1].digest[0] for _ in range(3)] == ["d", "b", "a"]
+
+
+@pytest.mark.parametrize(("lost", "back_to"), [(1, "b"), (2, "a"), (3, "a"), (4, "b")])
+def test_a_number_that_is_missing_leaves_a_way_back(three_models: str, lost: int, back_to: str) -> None:
+    if lost != 1:
+        registry.rollback(three_models)
+    (Path(three_models) / f"current-{lost:05d}.json").unlink()
+    assert registry.rollback(three_models)[1].digest[0] == back_to
+
+
 def test_two_rollbacks_at_once_write_two_numbers(three_models: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else takes the number between our look and our write: we look again."""
     put_if_absent, taken = storage.put_if_absent, []
