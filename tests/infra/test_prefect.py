@@ -224,18 +224,18 @@ def test_a_lost_night_is_told_within_26_hours_of_the_last(
             await triggers.reset_events_clock()
             await triggers.proactive_evaluation(trigger, now)
             if hour in nights:
-                await triggers.reactive_evaluation(completed(now))
+                await triggers.reactive_evaluation(begun(now))
         triggers.clear_loaded_automations()
 
     async def answered(_: None) -> None:
         pass
 
-    def completed(now: datetime) -> ReceivedEvent:
+    def begun(now: datetime) -> ReceivedEvent:
         return ReceivedEvent(
             id=uuid4(),
             occurred=now,
             received=now,
-            event="prefect.flow-run.Completed",
+            event="prefect.flow-run.Running",
             resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
             related=[{"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.night"}],
             payload={},
