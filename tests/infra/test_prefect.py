@@ -157,7 +157,7 @@ def test_every_automation_is_one_that_the_server_accepts(alarm: str | None) -> N
 
 def test_the_hours_of_silence_begin_with_what_was_heard_last() -> None:
     silences = [each["trigger"] for each in automations.read(None) if each["trigger"]["posture"] == "Proactive"]
-    assert [each.get("after") for each in silences] == [["prefect.flow-run.heartbeat"], ["prefect.flow-run.Completed"]]
+    assert [each.get("after") for each in silences] == [["prefect.flow-run.heartbeat"], ["prefect.flow-run.Running"]]
 
 
 def test_a_night_that_ends_in_any_way_but_well_is_told() -> None:
