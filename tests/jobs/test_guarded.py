@@ -51,7 +51,7 @@ def test_images_come_out_as_without_the_guard(archive: Path) -> None:
     ("content", "code", "detail"),
     [
         (hostile.SEGFAULT, "crash", "SIGSEGV"),
-        (hostile.LOOP, "timeout", r"longer than (1 s of work|5 s)"),
+        (hostile.LOOP, "timeout", "longer than 1 s of work"),
         (hostile.SLEEP, "timeout", "longer than 5 s"),
         (hostile.EAT, "too_large", "more than 256 MiB|memory"),
         (hostile.LIE, "crash", "nonsense"),

@@ -214,3 +214,4 @@ def test_all_images_and_every_group_of_twenty_are_judged() -> None:
     assert excess({"L1": score(60, 0.001, dim=(20, 0.0051))}, asked) == (
         "L1 loses 0.0051 over group dim (20), at most 0.005 is allowed"
     )
+    assert "nan" in excess({"L1": score(60, 0.0).model_copy(update={"int8_iou": float("nan")})}, asked)
