@@ -248,8 +248,10 @@ def _named(number: int, source: Source, rows: Rows) -> Iterator[_Found]:
 
 def _as_json(row: dict[str, Any]) -> str:
     """JSON as every reader takes it: of numbers that it has none for, null."""
-    plain = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
-    return json.dumps(plain, ensure_ascii=False)
+    text = json.dumps(row, default=str, ensure_ascii=False)
+    if "NaN" not in text and "Infinity" not in text:
+        return text
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
 
 def _key(source: Source, uri: object) -> str:
