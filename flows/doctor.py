@@ -52,7 +52,7 @@ class _Wrong(Exception):
 
 def run(config: DoctorConfig) -> int:
     """Look at everything, say what was seen, and return the exit code: 0 where nothing is wrong, else 1."""
-    console, num_wrong = Console(), 0
+    console, num_wrong = Console(emoji=False), 0
     for finding in examine(config):
         num_wrong += finding.state == "wrong"
         mark = f"[{STYLES[finding.state]}]{finding.state:>9}[/]"

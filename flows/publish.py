@@ -206,7 +206,7 @@ def publish_nights(rows: list[dict[str, str]]) -> None:
 
 def show(outcome: TrainOutcome | None, predicted: PredictResult | None) -> None:
     """Say on the terminal where to look."""
-    console = Console()
+    console = Console(emoji=False)
     if outcome is not None:
         console.print(chosen_table(outcome.measured.reports, outcome.pruned.level))
         _line(console, "level", f"L{outcome.pruned.level}, the cheapest within the tolerance")
